@@ -1,0 +1,53 @@
+"""Gaussian noise from a torch generator that the user brings."""
+
+from __future__ import annotations
+
+import torch
+
+from ghostgrad.errors import ConfigurationError
+from ghostgrad.noise.mechanism import check_request
+
+
+class GeneratorGaussian:
+    """``N(0, std^2)`` from a ``torch.Generator``, in the order of the calls.
+
+    For users who pass their own ``noise_generator``. Unlike :class:`ghostgrad.noise.KeyedGaussian` the values depend on all
+    draws before, so a resumed run must restore the generator's state, and slices cannot be drawn alone.
+
+    Formal guarantee: as for ``KeyedGaussian``, as long as nobody else knows the generator's seed or state.
+
+    >>> first, again = torch.zeros(3), torch.zeros(3)
+    >>> GeneratorGaussian(torch.Generator().manual_seed(0)).add_(first, std=1.0, step=0, index=0)
+    >>> GeneratorGaussian(torch.Generator().manual_seed(0)).add_(again, std=1.0, step=9, index=9)
+    >>> torch.equal(first, again)
+    True
+    """
+
+    name: str
+
+    def __init__(self, generator: torch.Generator) -> None:
+        if not isinstance(generator, torch.Generator):
+            raise ConfigurationError(
+                f"generator={generator!r} is no torch.Generator; pass torch.Generator(), or leave it out for keyed noise."
+            )
+        self._generator = generator
+        self.name = f"Gaussian (torch generator on {generator.device})"
+
+    def add_(self, tensor: torch.Tensor, *, std: float, step: int, index: int, offset: int = 0) -> None:
+        """Add noise to ``tensor`` (float32 or float64) in place; ``step`` and ``index`` do not change what is drawn.
+
+        Raises:
+            ConfigurationError: negative or non-finite ``std``, another dtype, or ``offset`` other than 0.
+        """
+        check_request(tensor, std=std, step=step, index=index, offset=offset)
+        if offset:
+            raise ConfigurationError(
+                f"offset={offset}: a torch generator draws in order and cannot draw one slice of a parameter alone; "
+                "leave noise_generator out (noise is then keyed) where a parameter is drawn in shares."
+            )
+        if std == 0:
+            return
+        device = self._generator.device
+        noise = torch.randn(tensor.shape, generator=self._generator, device=device, dtype=tensor.dtype)
+        with torch.no_grad():
+            tensor.add_(noise.to(tensor.device), alpha=std)

@@ -1,0 +1,41 @@
+"""What every noise mechanism offers, and the checks that all of them share."""
+
+from __future__ import annotations
+
+import math
+from typing import Protocol
+
+import torch
+
+from ghostgrad.errors import ConfigurationError
+
+
+class NoiseMechanism(Protocol):
+    """Adds noise of a given standard deviation to one parameter's sum, in place.
+
+    >>> from ghostgrad.keys import RunKey
+    >>> from ghostgrad.noise import KeyedGaussian
+    >>> mechanism: NoiseMechanism = KeyedGaussian(RunKey.from_seed(0))
+    >>> mechanism.add_(torch.zeros(3), std=1.0, step=0, index=0)
+    """
+
+    name: str
+
+    def add_(self, tensor: torch.Tensor, *, std: float, step: int, index: int, offset: int = 0) -> None:
+        """Add ``N(0, std^2)`` to every element of ``tensor``."""
+
+
+def check_request(tensor: torch.Tensor, *, std: float, step: int, index: int, offset: int) -> None:
+    """Raise ``ConfigurationError`` for what no mechanism can draw."""
+    if not math.isfinite(std) or std < 0:
+        raise ConfigurationError(
+            f"std={std!r} is no standard deviation; give a finite number >= 0 (noise_multiplier x sensitivity)."
+        )
+    for name, value in (("step", step), ("index", index), ("offset", offset)):
+        if value < 0:
+            raise ConfigurationError(f"{name}={value} is no address of a draw; count from 0.")
+    if tensor.dtype not in (torch.float32, torch.float64):
+        raise ConfigurationError(
+            f"noise for a tensor of dtype={tensor.dtype} would be rounded to that precision; add it to a float32 or float64 "
+            "sum and convert afterwards."
+        )
