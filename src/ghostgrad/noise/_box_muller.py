@@ -1,9 +1,9 @@
 """Uniform words to Gaussians (Box and Muller 1958), in pages, so that a value never depends on how a draw was cut.
 
-A page is 1024 bytes of keystream and becomes as many Gaussians as it holds words (256 of float32, 128 of float64): the first
-half of its words are radii, the second half angles. Pages are always computed whole; then no value falls into the scalar
-remainder of a vectorised loop, whose last bit may differ. numpy does the arithmetic because its sine, cosine and logarithm
-are twice as fast here as torch's, and it starts no threads.
+A page is 1024 bytes of keystream and becomes as many Gaussians as it holds words (256 of float32, 128 of float64):
+the first half of its words are radii, the second half angles. Pages are always computed whole; then no value falls
+into the scalar remainder of a vectorised loop, whose last bit may differ. numpy does the arithmetic because its sine,
+cosine and logarithm are twice as fast here as torch's, and it starts no threads.
 """
 
 from __future__ import annotations
@@ -70,10 +70,11 @@ class _Chunk:
 def gaussian_chunks(
     streams: list[Keystream], *, std: float, dtype: np.dtype[Any], start: int, count: int
 ) -> Iterator[tuple[int, Floats]]:
-    """Yield ``(position, values)`` covering elements ``start .. start + count`` of an endless Gaussian vector of ``std``.
+    """Yield ``(position, values)`` covering elements ``start .. start + count`` of an endless Gaussian vector of
+    ``std``.
 
-    ``position`` counts from 0; ``values`` is scratch, overwritten by the next chunk. With several streams each value is the
-    sum of one Gaussian a stream, divided by the square root of their number.
+    ``position`` counts from 0; ``values`` is scratch, overwritten by the next chunk. With several streams each value
+    is the sum of one Gaussian a stream, divided by the square root of their number.
     """
     per_page = PAGE_BYTES // dtype.itemsize
     first, end = start // per_page, -(-(start + count) // per_page)

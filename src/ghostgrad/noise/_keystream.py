@@ -45,7 +45,7 @@ class AESKeystream(Keystream):
         size = out.size - SLACK_BYTES
         for start in range(0, size, len(_ZEROS)):
             stop = min(start + len(_ZEROS), size)
-            encryptor.update_into(_ZEROS[: stop - start], memoryview(out)[start : stop + SLACK_BYTES])
+            encryptor.update_into(_ZEROS[: stop - start], out[start : stop + SLACK_BYTES].data)
 
 
 class PhiloxKeystream(Keystream):
@@ -54,7 +54,8 @@ class PhiloxKeystream(Keystream):
     name = "Philox"
 
     def __init__(self, key: bytes) -> None:
-        # Philox takes 128 bits of key; the other half of ours sets where in its 256-bit counter space the stream begins.
+        # Philox takes 128 bits of key; the other half of ours sets where in its 256-bit counter space the stream
+        # begins.
         self._key = int.from_bytes(key[:16], "little")
         self._origin = int.from_bytes(key[16:], "little") << 128
 
@@ -66,7 +67,7 @@ class PhiloxKeystream(Keystream):
 
 
 def keystream_type(*, cryptographic: bool) -> type[AESKeystream] | type[PhiloxKeystream]:
-    """The best keystream that is installed; with ``cryptographic`` only AES will do, else ``MissingDependencyError``."""
+    """The best keystream that is installed; ``cryptographic`` refuses all but AES (``MissingDependencyError``)."""
     if HAS_CRYPTOGRAPHY:
         return AESKeystream
     if cryptographic:

@@ -7,7 +7,7 @@ import torch
 
 from ghostgrad.keys import RunKey
 from ghostgrad.noise._box_muller import gaussian_chunks
-from ghostgrad.noise._keystream import keystream_type
+from ghostgrad.noise._keystream import Keystream, keystream_type
 from ghostgrad.noise.mechanism import check_request
 
 _SECURE_TERMS = 4
@@ -16,16 +16,17 @@ _SECURE_TERMS = 4
 class KeyedGaussian:
     """Independent ``N(0, std^2)`` values, each a pure function of the run key and of its own address.
 
-    The value for element ``offset + j`` of parameter ``index`` in step ``step`` does not depend on what was drawn before,
-    on how the parameter was cut into slices, or on the number of threads; so a resumed run repeats no noise, and ranks that
-    each draw a share draw together what one process draws. Words come from AES-256 in counter mode where the package
-    ``cryptography`` is installed, else from Philox4x64-10, and become Gaussians by Box and Muller (1958).
+    The value for element ``offset + j`` of parameter ``index`` in step ``step`` does not depend on what was drawn
+    before, on how the parameter was cut into slices, or on the number of threads; so a resumed run repeats no noise,
+    and ranks that each draw a share draw together what one process draws. Words come from AES-256 in counter mode
+    where the package ``cryptography`` is installed, else from Philox4x64-10, and become Gaussians by Box and Muller
+    (1958).
 
     Formal guarantee: added to a sum whose L2 sensitivity under adding or removing one record is ``s``, with
     ``std = noise_multiplier * s``, this is the Gaussian mechanism of that noise multiplier, in floating point. With
-    ``secure=True`` each value is the sum of four Gaussians divided by 2, so that inverting the floating-point Box-Muller
-    transform no longer identifies values that only one of two neighbouring sums can produce (Holohan and Braghin 2021,
-    section 4); the price is four times the work.
+    ``secure=True`` each value is the sum of four Gaussians divided by 2, so that inverting the floating-point
+    Box-Muller transform no longer identifies values that only one of two neighbouring sums can produce (Holohan and
+    Braghin 2021, section 4); the price is four times the work.
 
     Args:
         key: the run key; who knows it can subtract the noise.
@@ -58,7 +59,8 @@ class KeyedGaussian:
         """Add noise to ``tensor`` in place.
 
         Args:
-            tensor: float32 or float64, any shape, device and strides; its elements in row-major order take the values of
+            tensor: float32 or float64, any shape, device and strides; its elements in row-major order take the values
+            of
                 addresses ``offset, offset + 1, ...``.
             std: standard deviation, in the units of ``tensor``; 0 adds nothing.
             step: number of the logical step.
@@ -73,7 +75,7 @@ class KeyedGaussian:
         if std == 0 or count == 0:
             return
         lanes = [()] if self._terms == 1 else [(lane,) for lane in range(self._terms)]
-        streams = [self._stream_type(self._key.derive("noise", step, index, *lane)) for lane in lanes]
+        streams: list[Keystream] = [self._stream_type(self._key.derive("noise", step, index, *lane)) for lane in lanes]
         in_place = tensor.is_contiguous() and tensor.device.type == "cpu"
         dtype = np.dtype(str(tensor.dtype).removeprefix("torch."))
         with torch.no_grad():

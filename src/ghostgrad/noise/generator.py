@@ -11,8 +11,8 @@ from ghostgrad.noise.mechanism import check_request
 class GeneratorGaussian:
     """``N(0, std^2)`` from a ``torch.Generator``, in the order of the calls.
 
-    For users who pass their own ``noise_generator``. Unlike :class:`ghostgrad.noise.KeyedGaussian` the values depend on all
-    draws before, so a resumed run must restore the generator's state, and slices cannot be drawn alone.
+    For users who pass their own ``noise_generator``. Unlike :class:`ghostgrad.noise.KeyedGaussian` the values depend
+    on all draws before, so a resumed run must restore the generator's state, and slices cannot be drawn alone.
 
     Formal guarantee: as for ``KeyedGaussian``, as long as nobody else knows the generator's seed or state.
 
@@ -28,7 +28,8 @@ class GeneratorGaussian:
     def __init__(self, generator: torch.Generator) -> None:
         if not isinstance(generator, torch.Generator):
             raise ConfigurationError(
-                f"generator={generator!r} is no torch.Generator; pass torch.Generator(), or leave it out for keyed noise."
+                f"generator={generator!r} is no torch.Generator; pass torch.Generator(), or leave it out for keyed "
+                "noise."
             )
         self._generator = generator
         self.name = f"Gaussian (torch generator on {generator.device})"

@@ -36,6 +36,7 @@ def check_request(tensor: torch.Tensor, *, std: float, step: int, index: int, of
             raise ConfigurationError(f"{name}={value} is no address of a draw; count from 0.")
     if tensor.dtype not in (torch.float32, torch.float64):
         raise ConfigurationError(
-            f"noise for a tensor of dtype={tensor.dtype} would be rounded to that precision; add it to a float32 or float64 "
+            f"noise for a tensor of dtype={tensor.dtype} would be rounded to that precision; add it to a float32 or "
+            "float64 "
             "sum and convert afterwards."
         )

@@ -1,0 +1,104 @@
+"""From index lists to pieces, and from a torch iterator back to the pieces in their order."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from itertools import islice
+from typing import Protocol
+
+from torch.utils.data import BatchSampler, Sampler
+
+
+@dataclass(frozen=True)
+class Delivery:
+    """One physical piece: its records, and where it stands in its logical batch."""
+
+    indices: list[int]
+    opens: bool
+    last: bool
+
+
+class BatchSource(Protocol):
+    """Index lists, pass by pass."""
+
+    def begin(self) -> tuple[int, Iterator[list[int]]]:
+        """The number of a new pass and its index lists."""
+
+    def first_record(self) -> int:
+        """One index that may come."""
+
+
+class OwnBatches:
+    """The user's own batches, with their passes counted."""
+
+    def __init__(self, batch_sampler: BatchSampler, first_record: int) -> None:
+        self.batch_sampler = batch_sampler
+        self.epoch = 0
+        self._first_record = first_record
+
+    def begin(self) -> tuple[int, Iterator[list[int]]]:
+        epoch = self.epoch
+        self.epoch += 1
+        return epoch, iter(self.batch_sampler)
+
+    def first_record(self) -> int:
+        return self._first_record
+
+
+def deliveries(batches: Iterator[list[int]], group: int, limit: int | None) -> Iterator[Delivery]:
+    """Join every ``group`` index lists to one logical batch and cut each list to pieces of at most ``limit`` records.
+
+    The last group of a pass may be shorter. An empty list is one empty piece, so no logical batch is lost.
+    """
+    while parts := list(islice(batches, group)):
+        pieces = [piece for part in parts for piece in _cut(part, limit)]
+        for number, piece in enumerate(pieces):
+            yield Delivery(piece, opens=number == 0, last=number == len(pieces) - 1)
+
+
+def _cut(part: list[int], limit: int | None) -> list[list[int]]:
+    if limit is None or not part:
+        return [part]
+    return [part[start : start + limit] for start in range(0, len(part), limit)]
+
+
+class IndexStream(Sampler[list[int]]):
+    """One pass as torch's iterator sees it: the non-empty pieces only. Remembers every piece that it went past.
+
+    torch may draw indices far ahead of the consumer, for its workers; ``pending`` then holds what the consumer has
+    not yet received. It belongs to one pass, so leaving a pass early leaves nothing behind for the next.
+    """
+
+    def __init__(self, pieces: Iterable[Delivery]) -> None:
+        self._pieces = iter(pieces)
+        self.pending: deque[Delivery] = deque()
+
+    def __iter__(self) -> Iterator[list[int]]:
+        return self
+
+    def __next__(self) -> list[int]:
+        for piece in self._pieces:
+            self.pending.append(piece)
+            if piece.indices:
+                return piece.indices
+        raise StopIteration
+
+
+class CurrentStream(Sampler[list[int]]):
+    """What the loader gives torch as its index sampler: a fixed object that leads to the pass begun last.
+
+    torch asks it once or twice for an iterator when a pass begins (twice with workers), and keeps it for persistent
+    ones.
+    """
+
+    def __init__(self, length: int) -> None:
+        self.stream = IndexStream(())
+        self._length = length
+
+    def __iter__(self) -> Iterator[list[int]]:
+        return self.stream
+
+    def __len__(self) -> int:
+        return self._length

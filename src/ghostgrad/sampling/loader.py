@@ -1,0 +1,261 @@
+"""The private data loader: torch's DataLoader with private batches, empty batches, and a mark on every piece."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, TypeVar
+
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from ghostgrad.errors import ConfigurationError
+from ghostgrad.keys import RunKey
+from ghostgrad.sampling._batches import EmptyBatch, check_rows
+from ghostgrad.sampling._deliveries import CurrentStream, IndexStream, deliveries
+from ghostgrad.sampling._inspect import check_dataset, check_indices, inspect_loader
+from ghostgrad.sampling._plan import Fetching, Plan, key_from, own_plan, plan_like, poisson_plan, steps_at
+from ghostgrad.sampling.feed import Feed
+from ghostgrad.sampling.poisson import check_count, check_rate
+
+T_co = TypeVar("T_co", covariant=True)
+
+
+class DPDataLoader(DataLoader[T_co]):
+    """A ``DataLoader`` whose logical batches are Poisson samples, or the user's own batches, marked for the optimizer.
+
+    Formal guarantee (``poisson_sampling=True``; records added or removed): every logical batch is an independent
+    Poisson sample at rate ``sample_rate`` of the records that the user's sampler can draw. With
+    ``poisson_sampling=False`` each record comes at most once a pass, in the user's own order; there is no
+    amplification, and neighbouring datasets differ by one record being replaced with nothing in its place in the
+    batch (zero-out).
+
+    An empty sample is handed out as a batch of zero rows with the structure of the others.
+
+    Args:
+        dataset: map-style, with ``__len__``.
+        sample_rate: probability of each record for one logical batch, in (0, 1].
+        collate_fn: as for ``DataLoader``; never called with an empty list.
+        drop_last: an epoch then has the whole number of logical batches below ``1 / sample_rate``, otherwise above.
+        generator: draws the run key, unless ``key`` is given, and seeds workers as for ``DataLoader``.
+        key: source of all draws. Default a fresh one from the operating system.
+        indices: records that may be drawn, without repeats. Default all.
+        accumulation_steps: batches k that one logical batch is dealt to. Default 1.
+        num_workers: this and all further arguments as for ``DataLoader``.
+
+    Attributes:
+        feed: what the consumer holds now; shared with :meth:`physical` loaders.
+        sample_rate: per logical batch, exact.
+        expected_batch_size: records per logical batch in expectation, a float.
+        accumulation_steps: loader batches per logical batch.
+        steps_per_epoch: logical batches per pass.
+        poisson_sampling: whether batches are Poisson samples.
+        num_records: records that can be drawn.
+
+    Raises:
+        ConfigurationError: an argument out of range, or data that cannot be sampled.
+
+    >>> loader = DPDataLoader(list(range(100)), sample_rate=0.1, key=RunKey.from_seed(0))
+    >>> len(loader), loader.expected_batch_size
+    (10, 10.0)
+    >>> sizes = [len(batch) for batch in loader]
+    >>> loader.feed.logical_batch, loader.feed.records == sizes[-1]
+    (9, True)
+    """
+
+    feed: Feed
+    sample_rate: float
+    expected_batch_size: float
+    accumulation_steps: int
+    steps_per_epoch: int
+    poisson_sampling: bool
+    num_records: int
+    _physical: dict[int, DPDataLoader[T_co]]
+
+    def __init__(
+        self,
+        dataset: Dataset[T_co],
+        *,
+        sample_rate: float,
+        collate_fn: Callable[[list[Any]], Any] | None = None,
+        drop_last: bool = False,
+        generator: torch.Generator | None = None,
+        key: RunKey | None = None,
+        indices: Sequence[int] | None = None,
+        accumulation_steps: int = 1,
+        num_workers: int = 0,
+        pin_memory: bool = False,
+        timeout: float = 0,
+        worker_init_fn: Callable[[int], None] | None = None,
+        multiprocessing_context: Any = None,
+        prefetch_factor: int | None = None,
+        persistent_workers: bool = False,
+    ) -> None:
+        check_dataset(dataset)
+        check_rate(sample_rate)
+        check_count("accumulation_steps", accumulation_steps)
+        records: int | Sequence[int] = len(dataset) if indices is None else indices  # type: ignore[arg-type]
+        check_indices(records, len(dataset))  # type: ignore[arg-type]
+        steps = steps_at(sample_rate, drop_last=drop_last)
+        plan = poisson_plan(records, sample_rate, steps, key or key_from(generator), accumulation_steps)
+        fetching = Fetching(
+            num_workers=num_workers,
+            collate_fn=collate_fn,
+            pin_memory=pin_memory,
+            timeout=timeout,
+            worker_init_fn=worker_init_fn,
+            multiprocessing_context=multiprocessing_context,
+            generator=generator,
+            prefetch_factor=prefetch_factor,
+            persistent_workers=persistent_workers,
+        )
+        self._open(dataset, plan, fetching, Feed(), None)
+
+    @classmethod
+    def from_data_loader(
+        cls,
+        loader: DataLoader[T_co],
+        *,
+        generator: torch.Generator | None = None,
+        distributed: bool = False,
+        key: RunKey | None = None,
+        poisson_sampling: bool = True,
+        sample_rate: float | None = None,
+        accumulation_steps: int = 1,
+    ) -> DPDataLoader[T_co]:
+        """The private form of a user's loader: same records, same workers, same collation.
+
+        The rate of a logical batch is ``accumulation_steps * batch_size / n`` exactly, n being the number of records
+        that the loader's sampler can draw, and a pass has as many batches as the user's loader (rounded up to a
+        multiple of ``accumulation_steps``).
+
+        Args:
+            loader: map-style dataset; sequential, random or subset-random sampler, batched plainly.
+            generator: draws the run key, unless ``key`` is given. Without either the key comes from the operating
+            system;
+                ``loader.generator`` is kept for the workers (and the user's own batches), as it is often seeded with a
+                constant.
+            distributed: must be ``False``.
+            key: source of all draws.
+            poisson_sampling: ``False`` keeps the user's own batches and order.
+            sample_rate: probability of each record for one logical batch; default from the batch size. Then a pass has
+                ``1 / sample_rate`` logical batches.
+            accumulation_steps: loader batches per logical batch.
+
+        Raises:
+            ConfigurationError: naming what cannot be sampled privately, and the way out.
+
+        >>> user = DataLoader(list(range(100)), batch_size=32, shuffle=True)
+        >>> loader = DPDataLoader.from_data_loader(user)
+        >>> len(loader), loader.sample_rate
+        (4, 0.32)
+        """
+        if isinstance(loader, DPDataLoader):
+            raise ConfigurationError("data_loader is already private (a DPDataLoader); give the original DataLoader.")
+        if distributed:
+            raise ConfigurationError(
+                "distributed=True: this loader draws for one process; leave it at False. Ranks that use one key "
+                "draw the "
+                "same logical batches, of which each has to take its share."
+            )
+        check_count("accumulation_steps", accumulation_steps)
+        servable = inspect_loader(loader)
+        if poisson_sampling:
+            plan = plan_like(loader, servable, key or key_from(generator), sample_rate, accumulation_steps)
+        else:
+            plan = own_plan(loader, servable, sample_rate, accumulation_steps)
+        private: DPDataLoader[T_co] = cls.__new__(cls)
+        private._open(loader.dataset, plan, Fetching.of(loader), Feed(), None)
+        return private
+
+    def physical(self, max_physical_batch_size: int) -> DPDataLoader[T_co]:
+        """The same passes in pieces of at most ``max_physical_batch_size`` records, with the same ``feed``.
+
+        Draws are those of this loader under the same key and pass; every batch gives at least one piece, also an
+        empty one. ``len()`` is the expected number of pieces, rounded.
+
+        >>> loader = DPDataLoader(list(range(50)), sample_rate=1.0)
+        >>> [len(piece) for piece in loader.physical(20)]
+        [20, 20, 10]
+        """
+        check_count("max_physical_batch_size", max_physical_batch_size)
+        if max_physical_batch_size not in self._physical:
+            # Kept, so that persistent workers live on from one memory manager to the next.
+            pieces: DPDataLoader[T_co] = type(self).__new__(type(self))
+            pieces._open(self.dataset, self._plan, Fetching.of(self), self.feed, max_physical_batch_size)
+            self._physical.clear()
+            self._physical[max_physical_batch_size] = pieces
+        return self._physical[max_physical_batch_size]
+
+    def _open(self, dataset: Dataset[T_co], plan: Plan, fetching: Fetching, feed: Feed, limit: int | None) -> None:
+        self.feed = feed
+        self.sample_rate = plan.sample_rate
+        self.expected_batch_size = plan.expected_batch_size
+        self.accumulation_steps = plan.accumulation_steps
+        self.steps_per_epoch = -(-plan.parts // plan.accumulation_steps)
+        self.poisson_sampling = plan.poisson_sampling
+        self.num_records = plan.num_records
+        self._plan = plan
+        self._limit = limit
+        self._length = plan.parts if limit is None else plan.pieces(limit)
+        self._current = CurrentStream(self._length)
+        self._physical = {}
+        super().__init__(
+            dataset,
+            batch_sampler=plan.batch_sampler,
+            num_workers=fetching.num_workers,
+            collate_fn=fetching.collate_fn,
+            pin_memory=fetching.pin_memory,
+            timeout=fetching.timeout,
+            worker_init_fn=fetching.worker_init_fn,
+            multiprocessing_context=fetching.multiprocessing_context,
+            generator=fetching.generator,
+            prefetch_factor=fetching.prefetch_factor,
+            persistent_workers=fetching.persistent_workers,
+            pin_memory_device=fetching.pin_memory_device,
+        )
+        self._empty_batch = EmptyBatch(dataset, self.collate_fn, plan.source.first_record())
+
+    @property
+    def _index_sampler(self) -> CurrentStream:
+        # Where torch's iterators take their indices; `batch_sampler` stays what the user knows.
+        return self._current
+
+    def __len__(self) -> int:
+        return self._length
+
+    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
+        epoch, batches = self._plan.source.begin()
+        stream = IndexStream(deliveries(batches, self.accumulation_steps, self._limit))
+        self._current.stream = stream
+        return self._hand_out(epoch, stream, super().__iter__())
+
+    def _hand_out(self, epoch: int, stream: IndexStream, fetched: Iterator[Any]) -> Iterator[Any]:
+        """Yield the pieces of one pass in order; the empty ones, which torch never sees, are made here."""
+        waiting: list[Any] = []
+        logical_batch = -1
+        exhausted = False
+        while True:
+            while stream.pending and (waiting or not stream.pending[0].indices):
+                piece = stream.pending.popleft()
+                batch = waiting.pop() if piece.indices else self._empty_batch()
+                if piece.indices:
+                    check_rows(batch, len(piece.indices))
+                if piece.opens:
+                    logical_batch = self.feed.open()
+                self.feed.deliver(logical_batch, records=len(piece.indices), last=piece.last, epoch=epoch)
+                yield batch
+            if exhausted:
+                return
+            self._check_current(stream)
+            try:
+                waiting.append(next(fetched))
+            except StopIteration:
+                exhausted = True
+
+    def _check_current(self, stream: IndexStream) -> None:
+        if self.persistent_workers and self._current.stream is not stream:
+            raise ConfigurationError(
+                "a second pass over this loader began before this one ended, and with persistent_workers=True both "
+                "would "
+                "share their workers; finish or leave the first pass, or set persistent_workers=False."
+            )
