@@ -1,0 +1,113 @@
+"""The nearest module that can be trained privately: layers that mix records are replaced, all else stays."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.instancenorm import _InstanceNorm
+from torch.nn.utils.parametrize import is_parametrized
+
+from ghostgrad.validation.checks import describe, mixes_records
+
+_MOST_GROUPS = 32
+"""The default number of groups of Wu and He (2018), Group Normalization, section 4.1."""
+
+_LEAST_CHANNELS = 4
+"""Channels a group must have: over one channel and one position, the normalised value is always zero."""
+
+
+@dataclass(frozen=True)
+class Change:
+    """One layer that was replaced.
+
+    Attributes:
+        path: where it is; a layer that is used in several places has its first one here.
+        before: what was there, e.g. ``"BatchNorm2d(64)"``.
+        after: what is there now, e.g. ``"GroupNorm(16, 64)"``.
+    """
+
+    path: str
+    before: str
+    after: str
+
+    def __str__(self) -> str:
+        return f"{self.path or 'the module itself'}: {self.before} -> {self.after}"
+
+
+@dataclass(frozen=True)
+class Fixed:
+    """A fixed copy of a module, and what in it is different."""
+
+    module: nn.Module
+    changes: list[Change]
+
+
+def fix(module: nn.Module) -> Fixed:
+    """A copy of ``module`` in which layers that mix records, as they are set now, are replaced.
+
+    * BatchNorm1d/2d/3d and SyncBatchNorm, in train mode or without running statistics, become GroupNorm. It has the
+      largest number of groups that divides the channels, is at most 32 and leaves 4 channels a group; BatchNorm1d,
+      whose inputs often have one position only, gets one group.
+    * InstanceNorm with running statistics becomes InstanceNorm without.
+
+    The new layer takes over the old one's affine weights (the parameters themselves: ties, ``requires_grad``, dtype and
+    device stay), ``eps`` and training flag. A layer in several places stays one layer. The given module is not touched.
+    A BatchNorm in eval mode with running statistics is private as it is and stays. A subclass with a forward of its own
+    is left alone, because what else it computes would be lost; the validator reports it.
+
+    GroupNorm computes something else than BatchNorm: expect to fine-tune a pre-trained model after this.
+
+    >>> model = nn.Sequential(nn.Conv2d(3, 16, 3), nn.BatchNorm2d(16), nn.ReLU())
+    >>> print(*fix(model).changes)
+    1: BatchNorm2d(16) -> GroupNorm(4, 16)
+    """
+    clone = copy.deepcopy(module)
+    changes: list[Change] = []
+    replaced: dict[nn.Module, nn.Module] = {}
+    for path, part in list(clone.named_modules()):
+        new = _replacement(part)
+        if new is not None:
+            replaced[part] = new
+            after = (
+                f"{type(new).__name__}({new.num_groups}, {new.num_channels})" if isinstance(new, nn.GroupNorm) else ""
+            )
+            changes.append(Change(path, describe(part), after or f"{describe(new)} without running statistics"))
+    for parent in list(clone.modules()):
+        for name, child in list(parent._modules.items()):
+            if child in replaced:
+                setattr(parent, name, replaced[child])
+    return Fixed(replaced.get(clone, clone), changes)
+
+
+def _replacement(module: nn.Module) -> nn.Module | None:
+    """The layer to put in place of this one, or None where it can stay or nothing fits."""
+    if is_parametrized(module) or not _standard_forward(module):
+        return None
+    new: nn.Module
+    if isinstance(module, _BatchNorm) and mixes_records(module):
+        channels = module.num_features
+        groups = 1 if isinstance(module, nn.BatchNorm1d) else _groups(channels)
+        new = nn.GroupNorm(groups, channels, eps=module.eps, affine=False)
+    elif isinstance(module, _InstanceNorm) and module.track_running_stats:
+        base = next(t for t in (nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d) if isinstance(module, t))
+        new = base(module.num_features, eps=module.eps, affine=False, track_running_stats=False)
+    else:
+        return None
+    new.affine = module.affine
+    new.weight, new.bias = module.weight, module.bias
+    return new.train(module.training)
+
+
+def _standard_forward(module: nn.Module) -> bool:
+    """Whether the layer computes what torch's layer computes: nobody has put another `forward` in."""
+    if "forward" in vars(module):
+        return False
+    return type(module).forward in (_BatchNorm.forward, nn.SyncBatchNorm.forward, _InstanceNorm.forward)
+
+
+def _groups(channels: int) -> int:
+    most = min(_MOST_GROUPS, channels // _LEAST_CHANNELS)
+    return next((groups for groups in range(most, 1, -1) if channels % groups == 0), 1)
