@@ -26,7 +26,7 @@ class KeyedGaussian:
     ``std = noise_multiplier * s``, this is the Gaussian mechanism of that noise multiplier, in floating point. With
     ``secure=True`` each value is the sum of four Gaussians divided by 2, so that inverting the floating-point
     Box-Muller transform no longer identifies values that only one of two neighbouring sums can produce (Holohan and
-    Braghin 2021, section 4); the price is four times the work.
+    Braghin 2021); the price is four times the work.
 
     Args:
         key: the run key; who knows it can subtract the noise.
@@ -59,9 +59,8 @@ class KeyedGaussian:
         """Add noise to ``tensor`` in place.
 
         Args:
-            tensor: float32 or float64, any shape, device and strides; its elements in row-major order take the values
-            of
-                addresses ``offset, offset + 1, ...``.
+            tensor: float32 or float64, any shape, device and strides; its elements in row-major order take the
+                values of addresses ``offset, offset + 1, ...``.
             std: standard deviation, in the units of ``tensor``; 0 adds nothing.
             step: number of the logical step.
             index: number of the parameter.

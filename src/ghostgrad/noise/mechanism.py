@@ -37,6 +37,5 @@ def check_request(tensor: torch.Tensor, *, std: float, step: int, index: int, of
     if tensor.dtype not in (torch.float32, torch.float64):
         raise ConfigurationError(
             f"noise for a tensor of dtype={tensor.dtype} would be rounded to that precision; add it to a float32 or "
-            "float64 "
-            "sum and convert afterwards."
+            "float64 sum and convert afterwards."
         )

@@ -62,11 +62,9 @@ def check_rows(batch: Any, records: int) -> None:
     if _has_one_entry_a_record(batch, records) or not _holds_arrays(batch):
         return
     raise ConfigurationError(
-        f"collate_fn returned a {type(batch).__name__} in which no tensor has one row for each record that was "
-        "drawn (in its "
-        "first or second dimension). Records that are packed, merged or dropped cannot be clipped one by one; "
-        "return one row "
-        "a record, padded where lengths differ."
+        f"collate_fn returned a {type(batch).__name__} in which no tensor has one row for each record that was drawn "
+        "(in its first or second dimension). Records that are packed, merged or dropped cannot be clipped one by one; "
+        "return one row a record, padded where lengths differ."
     )
 
 
@@ -111,10 +109,9 @@ class EmptyBatch:
         template = _emptied(two, three)
         if _holds_arrays(two) and not _has_one_entry_a_record(template, 0):
             raise ConfigurationError(
-                f"an empty batch was drawn, and collate_fn returns a {type(two).__name__} whose rows cannot be "
-                "found: nothing "
-                "in it grows with the number of records. Return tensors with one row a record in tuples, dicts or "
-                "dataclasses."
+                f"an empty batch was drawn, and collate_fn returns a {type(two).__name__} whose rows cannot be found: "
+                "nothing in it grows with the number of records. Return tensors with one row a record in tuples, "
+                "dicts or dataclasses."
             )
         return template
 
@@ -130,9 +127,8 @@ def _emptied(two: Any, three: Any) -> Any:
     """``two`` without its rows; for a template itself (``two is three``), a fresh copy of the containers."""
     if type(two) is not type(three):
         raise ConfigurationError(
-            f"an empty batch was drawn, and collate_fn returned a {type(two).__name__} for two copies of a record "
-            "and a "
-            f"{type(three).__name__} for three; return the same structure for every batch."
+            f"an empty batch was drawn, and collate_fn returned a {type(two).__name__} for two copies of a record and "
+            f"a {type(three).__name__} for three; return the same structure for every batch."
         )
     if isinstance(two, _ARRAYS):
         return _emptied_array(two, three)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import islice
 from typing import Protocol
 
@@ -15,7 +15,7 @@ from torch.utils.data import BatchSampler, Sampler
 class Delivery:
     """One physical piece: its records, and where it stands in its logical batch."""
 
-    indices: list[int]
+    indices: list[int] = field(repr=False)  # drawn indices are secret
     opens: bool
     last: bool
 

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 from torch.utils.data import (
     BatchSampler,
     DataLoader,
@@ -14,13 +13,13 @@ from torch.utils.data import (
     IterableDataset,
     RandomSampler,
     SequentialSampler,
-    Subset,
     SubsetRandomSampler,
     WeightedRandomSampler,
 )
 from torch.utils.data.distributed import DistributedSampler
 
 from ghostgrad.errors import ConfigurationError
+from ghostgrad.sampling._indices import check_indices, check_origins
 
 
 @dataclass(frozen=True)
@@ -45,21 +44,19 @@ def inspect_loader(loader: DataLoader[Any]) -> Servable:
     """The records and batches of ``loader``; raises ``ConfigurationError`` for what cannot be sampled privately."""
     if not isinstance(loader, DataLoader):
         raise ConfigurationError(
-            f"data_loader is a {type(loader).__name__}, not a torch DataLoader; its batches cannot be redrawn. "
-            "Give a torch.utils.data.DataLoader over a map-style dataset."
+            f"data_loader is a {type(loader).__name__}, not a torch DataLoader; its batches cannot be redrawn. Give a "
+            "torch.utils.data.DataLoader over a map-style dataset."
         )
     if type(loader).__iter__ is not DataLoader.__iter__:
         raise ConfigurationError(
-            f"data_loader is a {type(loader).__name__} with an iteration of its own, which a private loader would "
-            "not run. "
-            "Give a plain torch.utils.data.DataLoader."
+            f"data_loader is a {type(loader).__name__} with an iteration of its own, which a private loader would not "
+            "run. Give a plain torch.utils.data.DataLoader."
         )
     check_dataset(loader.dataset)
     if not getattr(loader, "in_order", True):
         raise ConfigurationError(
-            "in_order=False hands batches out in the order in which workers finish, and a logical batch could not "
-            "be told "
-            "from the next; leave in_order at True."
+            "in_order=False hands batches out in the order in which workers finish, and a logical batch could not be "
+            "told from the next; leave in_order at True."
         )
     if loader.batch_sampler is None:
         raise ConfigurationError(
@@ -69,17 +66,15 @@ def inspect_loader(loader: DataLoader[Any]) -> Servable:
     if type(batch_sampler) is not BatchSampler:
         raise ConfigurationError(
             f"batch_sampler={type(batch_sampler).__name__} chooses batches by rules of its own, and neither the "
-            "sensitivity "
-            "nor the sampling rate is known; give batch_size= with shuffle=True, or a plain BatchSampler."
+            "sensitivity nor the sampling rate is known; give batch_size= with shuffle=True, or a plain BatchSampler."
         )
     records = _records_of(batch_sampler.sampler)
     check_indices(records, len(loader.dataset))  # type: ignore[arg-type]
     servable = Servable(records, int(batch_sampler.batch_size), bool(batch_sampler.drop_last), batch_sampler)
     if servable.batch_size > servable.num_records:
         raise ConfigurationError(
-            f"batch_size={servable.batch_size} is larger than the {servable.num_records} records that the loader "
-            "draws from; "
-            "give at most that many."
+            f"batch_size={servable.batch_size} is larger than the {servable.num_records} records that the loader draws "
+            "from; give at most that many."
         )
     return servable
 
@@ -88,18 +83,15 @@ def check_dataset(dataset: Dataset[Any]) -> None:
     """Raise ``ConfigurationError`` unless records can be fetched by index and none of them twice."""
     if isinstance(dataset, IterableDataset):
         raise ConfigurationError(
-            f"dataset is an IterableDataset ({type(dataset).__name__}): its records cannot be drawn at random, so "
-            "no sampling "
-            "amplification holds and a record may come any number of times. Give a map-style dataset (__getitem__, "
-            "__len__)."
+            f"dataset is an IterableDataset ({type(dataset).__name__}): its records cannot be drawn at random, so no "
+            "sampling amplification holds and a record may come any number of times. Give a map-style dataset "
+            "(__getitem__, __len__)."
         )
     if not hasattr(dataset, "__len__"):
         raise ConfigurationError(
             f"dataset ({type(dataset).__name__}) has no __len__, so the sampling rate is not known; add one."
         )
-    while isinstance(dataset, Subset):
-        check_indices(dataset.indices, None)
-        dataset = dataset.dataset
+    check_origins(dataset)
 
 
 def _records_of(sampler: Any) -> int | Sequence[int]:
@@ -133,35 +125,11 @@ def _records_of_random_sampler(sampler: RandomSampler) -> int:
     if sampler.replacement:
         raise ConfigurationError(
             "RandomSampler(replacement=True) can serve a record several times, which multiplies its influence on a "
-            "step; "
-            "use replacement=False."
+            "step; use replacement=False."
         )
     if sampler.num_samples != n:
         raise ConfigurationError(
             f"RandomSampler(num_samples={sampler.num_samples}) over {n} records serves some records more often than "
-            "others "
-            "in a pass; leave num_samples out and choose the number of epochs instead."
+            "others in a pass; leave num_samples out and choose the number of epochs instead."
         )
     return n
-
-
-def check_indices(records: int | Sequence[int], size: int | None) -> None:
-    """Raise ``ConfigurationError`` unless every index addresses a record, and each record once; ``size`` if known."""
-    if isinstance(records, int):
-        if size is not None and records > size:
-            raise ConfigurationError(
-                f"the sampler draws from {records} indices and the dataset has {size} records; build the sampler on "
-                "the dataset."
-            )
-        return
-    indices = np.asarray(records)
-    if indices.size and not np.issubdtype(indices.dtype, np.integer):
-        raise ConfigurationError(f"indices of type {indices.dtype} do not address records; give whole numbers.")
-    if np.unique(indices).size != indices.size:
-        raise ConfigurationError(
-            "the indices name some records more than once, which multiplies their influence on a step; give each once."
-        )
-    if size is not None and indices.size and (indices.min() < 0 or indices.max() >= size):
-        raise ConfigurationError(
-            f"the sampler's indices reach outside the dataset's {size} records; give indices from 0 to {size - 1}."
-        )

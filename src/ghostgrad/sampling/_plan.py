@@ -127,9 +127,8 @@ def plan_like(
 def own_plan(loader: DataLoader[Any], servable: Servable, sample_rate: float | None, accumulation_steps: int) -> Plan:
     if sample_rate is not None:
         raise ConfigurationError(
-            f"sample_rate={sample_rate!r} with poisson_sampling=False: the batches are the loader's own and no rate "
-            "is drawn; "
-            "leave sample_rate out."
+            f"sample_rate={sample_rate!r} with poisson_sampling=False: the batches are the loader's own and no rate is "
+            "drawn; leave sample_rate out."
         )
     size = _logical_size(servable, accumulation_steps)
     sampler: BatchSampler = servable.batch_sampler

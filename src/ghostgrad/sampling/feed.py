@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 
 @dataclass
@@ -25,11 +25,11 @@ class Feed:
     """
 
     logical_batch: int = -1
-    records: int = 0
+    records: int = field(default=0, repr=False)
     last: bool = True
     epoch: int = -1
     delivered: int = 0
-    _opened: int = 0
+    _opened: int = field(default=0, repr=False)
 
     def open(self) -> int:
         """A number for a logical batch that begins."""

@@ -12,7 +12,8 @@ from ghostgrad.errors import ConfigurationError
 from ghostgrad.keys import RunKey
 from ghostgrad.sampling._batches import EmptyBatch, check_rows
 from ghostgrad.sampling._deliveries import CurrentStream, IndexStream, deliveries
-from ghostgrad.sampling._inspect import check_dataset, check_indices, inspect_loader
+from ghostgrad.sampling._indices import check_indices
+from ghostgrad.sampling._inspect import check_dataset, inspect_loader
 from ghostgrad.sampling._plan import Fetching, Plan, key_from, own_plan, plan_like, poisson_plan, steps_at
 from ghostgrad.sampling.feed import Feed
 from ghostgrad.sampling.poisson import check_count, check_rate
@@ -130,10 +131,9 @@ class DPDataLoader(DataLoader[T_co]):
 
         Args:
             loader: map-style dataset; sequential, random or subset-random sampler, batched plainly.
-            generator: draws the run key, unless ``key`` is given. Without either the key comes from the operating
-            system;
-                ``loader.generator`` is kept for the workers (and the user's own batches), as it is often seeded with a
-                constant.
+            generator: draws the run key, unless ``key`` is given. Without either, the key comes from the operating
+                system; ``loader.generator`` is kept for the workers (and the user's own batches) only, as it is
+                often seeded with a constant.
             distributed: must be ``False``.
             key: source of all draws.
             poisson_sampling: ``False`` keeps the user's own batches and order.
@@ -153,9 +153,8 @@ class DPDataLoader(DataLoader[T_co]):
             raise ConfigurationError("data_loader is already private (a DPDataLoader); give the original DataLoader.")
         if distributed:
             raise ConfigurationError(
-                "distributed=True: this loader draws for one process; leave it at False. Ranks that use one key "
-                "draw the "
-                "same logical batches, of which each has to take its share."
+                "distributed=True: this loader draws for one process; leave it at False. Ranks that use one key draw "
+                "the same logical batches, of which each has to take its share."
             )
         check_count("accumulation_steps", accumulation_steps)
         servable = inspect_loader(loader)
@@ -256,6 +255,5 @@ class DPDataLoader(DataLoader[T_co]):
         if self.persistent_workers and self._current.stream is not stream:
             raise ConfigurationError(
                 "a second pass over this loader began before this one ended, and with persistent_workers=True both "
-                "would "
-                "share their workers; finish or leave the first pass, or set persistent_workers=False."
+                "would share their workers; finish or leave the first pass, or set persistent_workers=False."
             )

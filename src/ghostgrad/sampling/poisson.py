@@ -11,6 +11,7 @@ from torch.utils.data import Sampler
 
 from ghostgrad.errors import ConfigurationError
 from ghostgrad.keys import RunKey
+from ghostgrad.sampling._indices import check_indices
 
 Indices = npt.NDArray[np.int64]
 
@@ -53,7 +54,8 @@ class PoissonBatchSampler(Sampler[list[int]]):
         check_rate(sample_rate)
         check_count("steps", steps)
         check_count("accumulation_steps", accumulation_steps)
-        self._indices: Indices | None = None if isinstance(records, int) else np.asarray(records, dtype=np.int64)
+        check_indices(records, None)
+        self._indices: Indices | None = None if isinstance(records, int) else np.array(records, dtype=np.int64)
         self.num_records: int = records if isinstance(records, int) else len(records)
         check_count("records", self.num_records)
         self.sample_rate = float(sample_rate)
