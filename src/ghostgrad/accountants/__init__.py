@@ -1,0 +1,6 @@
+"""The accountants under the name that Opacus gives them; they live in `ghostgrad.accounting`."""
+
+from ghostgrad.accounting import Accountant, RDPAccountant, create_accountant, register_accountant
+from ghostgrad.accounting import Accountant as IAccountant
+
+__all__ = ["Accountant", "IAccountant", "RDPAccountant", "create_accountant", "register_accountant"]

@@ -1,0 +1,1 @@
+"""Modules that stand where users of Opacus look for them."""
