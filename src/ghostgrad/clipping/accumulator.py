@@ -1,0 +1,139 @@
+"""The clipped sum of a logical batch while its physical batches come in."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from ghostgrad.errors import PrivacyError
+from ghostgrad.recording import Delivery, Tape
+
+
+class ClippedSum:
+    """Sums in float32 or wider, one for each parameter, and which records are in them.
+
+    A record may enter a step once. Where the private loader is known, the records that went through the model are counted
+    against the records that were handed out, so a batch that is used twice, or did not come from the loader, is refused.
+
+    Args:
+        parameters: the trainable parameters of the optimizer, asked anew each time: layers may be frozen in between.
+        delivery: what the private loader handed out last; None where there is no such loader.
+    """
+
+    def __init__(
+        self, parameters: Callable[[], Sequence[nn.Parameter]], delivery: Callable[[], Delivery] | None
+    ) -> None:
+        self.parameters, self._delivery = parameters, delivery
+        self.not_finite = 0
+        """Records dropped since the start because their gradient was not finite. Not private: do not publish it."""
+        self._abandoned = self._closed = -1
+        self.clear()
+
+    def clear(self) -> None:
+        """Drop what was added; nothing of it was released."""
+        self._sums: dict[nn.Parameter, Tensor] = {}
+        self.statistic = 0.0
+        """The clip function's own sum over the records."""
+        self._rows: Counter[int] = Counter()
+        self._last: Delivery | None = None
+        self.logical_batches: set[int] = set()
+        """The draws of the private loader that are in the sum."""
+        self.epochs: set[int] = set()
+        """The passes over the data that are in the sum."""
+
+    def close(self) -> None:
+        """The sum was released: its records, and any others of the batch that is held, are spent."""
+        self.clear()
+        if self._delivery:
+            self._closed = self._delivery().piece
+
+    @property
+    def complete(self) -> bool:
+        """Whether the logical batch that the consumer holds ends with the physical batch it holds."""
+        held = self._delivery() if self._delivery else None
+        return held is None or held.piece < 1 or held.last or held.logical_batch == self._abandoned
+
+    def discard_partial(self) -> None:
+        """Forget a logical batch that was left in the middle; its records were not released and are not accounted."""
+        held = self._delivery() if self._delivery else None
+        if held is not None and not held.last:
+            self._abandoned = held.logical_batch
+            self.clear()
+
+    def clear_for_zero_grad(self) -> bool:
+        """What ``zero_grad`` means here: drop the sum, unless the logical batch it belongs to is still coming in."""
+        held = self._delivery() if self._delivery else None
+        if held is not None and held.logical_batch in self.logical_batches:
+            unused = self._rows[held.piece] < held.records
+            if not self.complete or unused:
+                return False
+        self.clear()
+        return True
+
+    def admit(self, tapes: Sequence[Tape]) -> None:
+        """Refuse records that were not handed out, or that are in this step already.
+
+        Raises:
+            PrivacyError: with what was found.
+        """
+        pieces = {tape.delivery for tape in tapes}
+        if len(pieces) > 1:
+            raise PrivacyError(
+                "one backward joined forwards of different batches of the private loader; row i of each would be taken for "
+                "the same record. Call backward once for each batch."
+            )
+        delivery = tapes[0].delivery
+        if delivery is None:
+            return
+        if delivery.piece < 1:
+            raise PrivacyError(
+                "the model was trained on a batch that the private loader did not hand out, so how it was sampled is not "
+                "known. Iterate over the data_loader that make_private returned."
+            )
+        last = self._last
+        if last is not None and not last.last and last.logical_batch != delivery.logical_batch:
+            self.clear()  # the loop left a logical batch in the middle
+        if delivery.piece == self._closed and tapes[0].n:
+            raise PrivacyError(
+                "this batch was part of a step already. Another step on the same draw is not an independent sample, so its "
+                "privacy cannot be accounted. Take the next batch from the loader."
+            )
+        used = self._rows[delivery.piece] + tapes[0].n
+        if used > delivery.records:
+            raise PrivacyError(
+                f"{used} rows of this batch went through a backward, but the private loader handed out "
+                f"{delivery.records} records: a record would count more than once in the step. Call backward once for each "
+                f"record (add losses up before backward), and keep one row for each record."
+            )
+
+    def add(
+        self, sums: Mapping[nn.Parameter, Tensor], tapes: Sequence[Tape], *, statistic: float = 0.0, dropped: int = 0
+    ) -> None:
+        """Add the sums of one backward, from which ``dropped`` records were left out as not finite."""
+        self.statistic += statistic
+        self.not_finite += dropped
+        for parameter, part in sums.items():
+            known = self._sums.get(parameter)
+            self._sums[parameter] = part if known is None else known.add_(part)
+        delivery = tapes[0].delivery
+        if delivery is not None:
+            self._last = delivery
+            self._rows[delivery.piece] += tapes[0].n
+            self.logical_batches.add(delivery.logical_batch)
+            self.epochs.add(delivery.epoch)
+
+    def take(self, parameter: nn.Parameter) -> Tensor:
+        """The sum for one parameter, zeros where nothing reached it."""
+        found = self._sums.pop(parameter, None)
+        if found is not None:
+            return found
+        wide = torch.float64 if parameter.dtype == torch.float64 else torch.float32
+        return torch.zeros(parameter.shape, dtype=wide, device=parameter.device)
+
+
+def trainable(groups: Iterable[Mapping[str, list[nn.Parameter]]]) -> list[nn.Parameter]:
+    """The parameters of an optimizer's groups that require grad, in order."""
+    return [p for group in groups for p in group["params"] if p.requires_grad]

@@ -1,0 +1,133 @@
+"""When norms, factors and sums are worked out, and what is kept in between. The result is the same in every mode."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from enum import Enum
+
+import torch
+from torch import Tensor, nn
+
+from ghostgrad.clipping.accumulator import ClippedSum
+from ghostgrad.clipping.functions import ClipFunction
+from ghostgrad.errors import PrivacyError
+from ghostgrad.gradients import Explicit, Use, join
+from ghostgrad.recording import Tape
+
+
+class Mode(Enum):
+    """How the clipped sum comes about."""
+
+    HOOKS = "hooks"
+    """Per-sample gradients are materialised and shown as ``p.grad_sample``."""
+    FUNCTORCH = "functorch"
+    """As hooks, every module through the generic rule."""
+    BK = "bk"
+    """One backward: the uses are kept, in their smallest form, until the factors are known."""
+    GHOST = "ghost"
+    """Two backwards: the first keeps nothing but norms, the second adds up."""
+
+
+class Clipper:
+    """Receives the uses of one backward and adds their clipped sum to the step's.
+
+    Guarantee: what one record adds to the sum has norm at most ``function.sensitivity``, whatever the record holds; a record
+    whose gradient is not finite adds nothing. Neighbouring: add or remove one record.
+
+    Args:
+        function: norms to factors.
+        total: where the sums of the logical batch add up.
+        mode: what is kept between norms and sums.
+    """
+
+    def __init__(self, function: ClipFunction, total: ClippedSum, mode: Mode) -> None:
+        self.function, self.total, self.mode = function, total, mode
+        self.two_passes = mode is Mode.GHOST
+        self._shows = mode in (Mode.HOOKS, Mode.FUNCTORCH)
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget the backward that is under way."""
+        self._uses: dict[nn.Parameter, list[Use]] = {}
+        self._sq_norms: dict[nn.Parameter, Tensor] = {}
+        self._factors: dict[nn.Parameter, Tensor] = {}
+        self._finite: Tensor | None = None
+        self._statistic = 0.0
+        self._sums: dict[nn.Parameter, Tensor] = {}
+
+    def admit(self, tapes: Sequence[Tape]) -> None:
+        """Refuse records that must not be added to this step."""
+        self.total.admit(tapes)
+
+    def measure(self, parameter: nn.Parameter, use: Use, *, complete: bool) -> str:
+        """Take note of a use of a weight; returns the route its norm takes."""
+        if parameter in self._sq_norms:
+            raise PrivacyError(
+                "a weight was used again after its norm had been taken (a module re-run by re-entrant checkpointing). Use "
+                "grad_sample_mode='bk', or checkpointing with use_reentrant=False."
+            )
+        if self.two_passes and complete and parameter not in self._uses:
+            self._sq_norms[parameter] = use.sq_norms()
+            return use.route
+        if not self.two_passes:
+            use = Explicit(use.grad_samples()) if self._shows else use.compact()
+        self._uses.setdefault(parameter, []).append(use)
+        return use.route
+
+    def settle(self, n: int) -> None:
+        """Work out the factors; with one pass the sums too."""
+        joined = {parameter: join(uses) for parameter, uses in self._uses.items()}
+        for parameter, use in joined.items():
+            self._sq_norms[parameter] = use.sq_norms()
+        parameters = self.total.parameters()
+        self._check_known(parameters)
+        self.function.check(len(parameters))
+        columns = [self._sq_norms.get(p, torch.zeros(n)).to("cpu", torch.float64) for p in parameters]
+        sq_norms = torch.stack(columns, dim=1)
+        self._statistic = self.function.statistic(sq_norms)
+        factors = self.function.factors(sq_norms).expand(n, len(parameters))
+        finite = sq_norms.sum(1).isfinite()
+        if not bool(finite.all()):
+            self._finite = finite
+        self._factors = {p: _rounded_down(factors[:, i], self._sq_norms.get(p)) for i, p in enumerate(parameters)}
+        self._uses.clear()
+        if not self.two_passes:
+            for parameter, use in joined.items():
+                self._show(parameter, use)
+                self.add(parameter, use)
+
+    def _check_known(self, parameters: Sequence[nn.Parameter]) -> None:
+        known = set(parameters)
+        if any(p not in known for p in self._sq_norms):
+            raise PrivacyError(
+                "a trainable parameter of the module is in no param_group of the optimizer: its gradient would count in the "
+                "norm but train nothing. Add it with optimizer.add_param_group, or freeze it with requires_grad_(False)."
+            )
+
+    def _show(self, parameter: nn.Parameter, use: Use) -> None:
+        if self._shows:
+            parameter.grad_sample = use.grad_samples().to(parameter.dtype)  # type: ignore[attr-defined]
+
+    def add(self, parameter: nn.Parameter, use: Use) -> None:
+        """Add a use, weighted by the factors; records that are not finite are replaced by zeros first."""
+        if self._finite is not None:
+            use = use.keep_rows(self._finite.to(parameter.device))
+        part = use.weighted_sum(self._factors[parameter])
+        known = self._sums.get(parameter)
+        self._sums[parameter] = part if known is None else known.add_(part)
+
+    def commit(self, tapes: Sequence[Tape]) -> None:
+        """The backward went well: its sums become part of the step's."""
+        dropped = 0 if self._finite is None else int((~self._finite).sum())
+        self.total.add(self._sums, tapes, statistic=self._statistic, dropped=dropped)
+
+
+def _rounded_down(factors: Tensor, sq_norms: Tensor | None) -> Tensor:
+    """Factors in the precision of the gradients, lowered by more than norms and products can be rounded up.
+
+    A record that is not clipped keeps its factor of exactly 1.
+    """
+    if sq_norms is None:
+        return factors.to(torch.float32)
+    margin = 1 - 16 * torch.finfo(sq_norms.dtype).eps
+    return torch.where(factors == 1, factors, factors * margin).to(sq_norms.dtype).to(sq_norms.device)

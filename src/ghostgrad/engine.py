@@ -1,0 +1,412 @@
+"""`PrivacyEngine`: turns the user's model, optimizer and loader into private ones. Wiring only."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+from torch.utils.data import DataLoader
+
+from ghostgrad import setup
+from ghostgrad.accounting import Accountant, create_accountant, get_noise_multiplier
+from ghostgrad.clipping import ClipFunction, ClippedSum, Clipper, Mode, trainable
+from ghostgrad.errors import ConfigurationError, choose
+from ghostgrad.explanation import Explanation, explain
+from ghostgrad.keys import RunKey
+from ghostgrad.noise import GeneratorGaussian, KeyedGaussian, NoiseMechanism
+from ghostgrad.optimizer import DPOptimizer
+from ghostgrad.recording import Delivery, Recorder
+from ghostgrad.recording.criterion import check_criterion, proved
+from ghostgrad.sampling import DPDataLoader
+from ghostgrad.spending import Budget, PoissonSpending, ShuffledSpending, Spending
+from ghostgrad.validation import ModuleValidator
+
+GradSampleMode = Literal["auto", "hooks", "functorch", "ghost", "bk"]
+LossReduction = Literal["mean", "sum"]
+Schedule = float | Callable[[int], float]
+
+
+@dataclass
+class _Session:
+    """One private model with its optimizer."""
+
+    module: nn.Module
+    optimizer: DPOptimizer
+    recorder: Recorder
+    mode: Mode
+
+    def close(self) -> None:
+        self.recorder.detach()
+        self.optimizer.release_original()
+        self.optimizer.zero_grad()
+        setup.release(self.module, self.optimizer.original_optimizer, self.optimizer)
+
+
+class PrivacyEngine:
+    """Makes a training loop differentially private; the loop stays as it is.
+
+    Every step of the optimizer that `make_private` returns releases a sum of per-record gradients, each clipped to norm at
+    most ``max_grad_norm``, plus Gaussian noise of standard deviation ``noise_multiplier * max_grad_norm``, and reports to
+    the accountant. Guarantee: the trained parameters are (`get_epsilon(delta)`, delta)-differentially private. Neighbouring
+    datasets differ by adding or removing one record (with ``poisson_sampling=False``: by blanking one record). What cannot
+    be shown to be bounded raises instead. Not covered: choosing hyper-parameters on the data, and metrics that you publish.
+
+    Args:
+        accountant: ``"rdp"`` or another registered name, or an accountant object.
+        secure_mode: draw the noise from a cryptographic generator keyed by the operating system, in a form that is safe
+            against floating-point attacks. Needs ``pip install ghostgrad[secure]``. Default False.
+        seed: makes sampling and noise reproducible, for tests and comparisons: whoever knows it can subtract the noise.
+            Default None takes a fresh key from the operating system.
+
+    Raises:
+        ConfigurationError: unknown accountant, or a seed with ``secure_mode``.
+
+    >>> import torch
+    >>> from torch.utils.data import DataLoader, TensorDataset
+    >>> data = TensorDataset(torch.randn(64, 8), torch.randint(2, (64,)))
+    >>> model = torch.nn.Linear(8, 2)
+    >>> engine = PrivacyEngine(seed=0)
+    >>> model, optimizer, loader = engine.make_private(
+    ...     module=model,
+    ...     optimizer=torch.optim.SGD(model.parameters(), lr=0.1),
+    ...     data_loader=DataLoader(data, batch_size=16),
+    ...     noise_multiplier=1.1,
+    ...     max_grad_norm=1.0,
+    ... )
+    >>> for x, y in loader:
+    ...     loss = torch.nn.functional.cross_entropy(model(x), y)
+    ...     loss.backward()
+    ...     optimizer.step()
+    ...     optimizer.zero_grad()
+    >>> engine.steps
+    4
+    >>> engine.get_epsilon(delta=1e-5) < 6
+    True
+    """
+
+    def __init__(
+        self, accountant: str | Accountant = "rdp", secure_mode: bool = False, seed: int | None = None
+    ) -> None:
+        if secure_mode and seed is not None:
+            raise ConfigurationError(
+                f"seed={seed} with secure_mode=True: noise that a seed determines is not secret. Leave the seed out."
+            )
+        self.accountant: Accountant = create_accountant(accountant)
+        self.secure_mode = secure_mode
+        self._key = RunKey.from_os() if seed is None else RunKey.from_seed(seed)
+        self._sessions: list[_Session] = []
+        self._opened = 0
+        self._guarantees: list[str] = []
+
+    # ------------------------------------------------------------------ making private
+
+    def make_private(
+        self,
+        *,
+        module: nn.Module,
+        optimizer: Optimizer,
+        data_loader: DataLoader[Any] | None,
+        noise_multiplier: Schedule,
+        max_grad_norm: float | Sequence[float],
+        criterion: Callable[..., Any] | None = None,
+        batch_first: bool = True,
+        loss_reduction: LossReduction = "mean",
+        poisson_sampling: bool = True,
+        clipping: str | ClipFunction = "flat",
+        grad_sample_mode: GradSampleMode = "auto",
+        sample_rate: float | None = None,
+        expected_batch_size: float | None = None,
+        accumulation_steps: int = 1,
+        noise_generator: torch.Generator | None = None,
+    ) -> tuple[Any, ...]:
+        """Return the module (the same object), a `DPOptimizer` and a `DPDataLoader`.
+
+        Args:
+            module: called as a whole in the loop: ``module(x)``; treats records one by one.
+            optimizer: has the module's trainable parameters. Its own ``step`` raises from now on, until `detach`.
+            data_loader: map-style, sampled sequentially or at random. None if you sample by yourself; then
+                ``sample_rate`` and ``expected_batch_size`` say how, and the accounting trusts them.
+            noise_multiplier: noise standard deviation divided by the sensitivity, >= 0; or a function of the step.
+            max_grad_norm: C, the L2 norm to which each record's gradient is clipped, in units of the gradient of the
+                record's own loss; a list with per-layer clipping.
+            criterion: optional. It is returned, to be used as before, and checked on its first batch to be the mean (sum)
+                of the records' losses.
+            batch_first: whether dimension 0 of the module's inputs and outputs is the batch; else dimension 1.
+            loss_reduction: whether the loss is the mean or the sum of the records' losses. With ``"sum"`` the noisy sum is
+                not divided by the expected batch size.
+            poisson_sampling: draw every batch by independent coin flips, which the accounting rewards. False keeps the
+                loader's own batches, without amplification.
+            clipping: ``"flat"``, ``"per_layer"``, ``"automatic"``, ``"adaptive"``, or a clip function.
+            grad_sample_mode: ``"hooks"``, ``"ghost"``, ``"bk"``, ``"functorch"``; ``"auto"`` is the one-pass ``"bk"``. They
+                differ in cost, not in result.
+            sample_rate: probability of each record for one logical batch; default ``batch_size / n``.
+            expected_batch_size: divisor of a mean loss; default ``sample_rate * n``, a float.
+            accumulation_steps: loader batches that make up one logical batch.
+            noise_generator: draw the noise from this generator instead of from the engine's key.
+
+        Returns:
+            ``(module, optimizer, data_loader)``, or ``(module, optimizer, criterion, data_loader)`` with a criterion.
+
+        Raises:
+            ConfigurationError: an argument cannot be used.
+            UnsupportedModuleError: a module has no exact per-sample gradient.
+            PrivacyError: a module mixes records. After any error all arguments are as they were.
+        """
+        mode = _mode(grad_sample_mode)
+        choose("loss_reduction", loss_reduction, ("mean", "sum"))
+        sigma = setup.check_noise_multiplier(noise_multiplier)
+        setup.check_not_distributed()
+        setup.check_module(module)
+        setup.check_optimizer(optimizer, module)
+        if criterion is not None:
+            check_criterion(criterion, loss_reduction)
+        key = RunKey(self._key.derive("session", self._opened), seeded=self._key.seeded)
+        noise = self._noise(key, noise_generator)
+        loader = setup.private_loader(data_loader, key, poisson_sampling, sample_rate, accumulation_steps)
+        rate, size = setup.public_sizes(loader, sample_rate, expected_batch_size, accumulation_steps)
+        count = len(trainable(optimizer.param_groups))
+        function = setup.clip_function(
+            clipping, max_grad_norm, parameters=count, expected_batch_size=size, noise_multiplier=sigma
+        )
+        # Everything was checked; from here on things change.
+        self._open_session(
+            module, optimizer, loader, function=function, mode=mode, noise=noise, noise_multiplier=noise_multiplier,
+            rate=rate, size=size, batch_first=batch_first, loss_reduction=loss_reduction,
+        )  # fmt: skip
+        private = self._sessions[-1].optimizer
+        if criterion is None:
+            return module, private, loader
+        return module, private, proved(criterion, loss_reduction, batch_first=batch_first), loader
+
+    def make_private_with_epsilon(
+        self,
+        *,
+        module: nn.Module,
+        optimizer: Optimizer,
+        data_loader: DataLoader[Any] | None,
+        target_epsilon: float,
+        target_delta: float,
+        max_grad_norm: float | Sequence[float],
+        epochs: float | None = None,
+        total_steps: int | None = None,
+        criterion: Callable[..., Any] | None = None,
+        batch_first: bool = True,
+        loss_reduction: LossReduction = "mean",
+        poisson_sampling: bool = True,
+        clipping: str | ClipFunction = "flat",
+        grad_sample_mode: GradSampleMode = "auto",
+        sample_rate: float | None = None,
+        expected_batch_size: float | None = None,
+        accumulation_steps: int = 1,
+        noise_generator: torch.Generator | None = None,
+        keep_budget: bool = True,
+    ) -> tuple[Any, ...]:
+        """As `make_private`, with the least noise for which the whole training stays within ``target_epsilon``.
+
+        The budget is then kept: a step that would pass ``target_epsilon`` at ``target_delta`` raises `BudgetExhausted`
+        before it touches the parameters.
+
+        Args:
+            target_epsilon, target_delta: the budget of the whole training.
+            epochs: passes over the loader that are planned; or
+            total_steps: logical steps that are planned. Exactly one of the two.
+            keep_budget: False lets the training go on past the budget. Default True.
+            max_grad_norm, criterion, batch_first, loss_reduction, poisson_sampling, clipping, grad_sample_mode, sample_rate,
+                expected_batch_size, accumulation_steps, noise_generator: as in `make_private`.
+
+        Raises:
+            ConfigurationError: also when no noise reaches the target.
+
+        >>> from torch.utils.data import DataLoader, TensorDataset
+        >>> data = TensorDataset(torch.randn(100, 8), torch.randint(2, (100,)))
+        >>> model = torch.nn.Linear(8, 2)
+        >>> engine = PrivacyEngine()
+        >>> model, optimizer, loader = engine.make_private_with_epsilon(
+        ...     module=model, optimizer=torch.optim.SGD(model.parameters(), lr=0.1),
+        ...     data_loader=DataLoader(data, batch_size=10), target_epsilon=3.0, target_delta=1e-3, epochs=5,
+        ...     max_grad_norm=1.0)
+        >>> 0.5 < optimizer.noise_multiplier < 2.0
+        True
+        """
+        if len(self.accountant):
+            raise ConfigurationError(
+                f"this engine has already spent {len(self.accountant)} releases; a target for a new training needs a new "
+                f"PrivacyEngine."
+            )
+        budget = Budget(self.accountant, target_epsilon, target_delta)
+        # A rehearsal with a throw-away key: only the public rate and length of the loader matter.
+        rehearsal = setup.private_loader(
+            data_loader, RunKey.from_seed(0), poisson_sampling, sample_rate, accumulation_steps
+        )
+        rate, _ = setup.public_sizes(rehearsal, sample_rate, expected_batch_size, accumulation_steps)
+        rate, releases = setup.planned_releases(rehearsal, rate, epochs=epochs, total_steps=total_steps)
+        noise_multiplier = get_noise_multiplier(
+            target_epsilon=target_epsilon,
+            target_delta=target_delta,
+            sample_rate=rate,
+            steps=releases,
+            accountant=self.accountant.mechanism,
+        )
+        result = self.make_private(
+            module=module, optimizer=optimizer, data_loader=data_loader, noise_multiplier=noise_multiplier,
+            max_grad_norm=max_grad_norm, criterion=criterion, batch_first=batch_first, loss_reduction=loss_reduction,
+            poisson_sampling=poisson_sampling, clipping=clipping, grad_sample_mode=grad_sample_mode,
+            sample_rate=sample_rate, expected_batch_size=expected_batch_size, accumulation_steps=accumulation_steps,
+            noise_generator=noise_generator,
+        )  # fmt: skip
+        self._sessions[-1].optimizer.budget = budget if keep_budget else None
+        return result
+
+    def _noise(self, key: RunKey, generator: torch.Generator | None) -> NoiseMechanism:
+        if generator is None:
+            return KeyedGaussian(key, secure=self.secure_mode)
+        if self.secure_mode:
+            raise ConfigurationError(
+                "noise_generator with secure_mode=True: a torch generator is not cryptographic. Leave one of them out."
+            )
+        return GeneratorGaussian(generator)
+
+    def _open_session(
+        self, module: nn.Module, optimizer: Optimizer, loader: DPDataLoader[Any] | None, *, function: ClipFunction,
+        mode: Mode, noise: NoiseMechanism, noise_multiplier: Schedule, rate: float, size: float, batch_first: bool,
+        loss_reduction: str,
+    ) -> None:  # fmt: skip
+        delivery = _delivery_of(loader) if loader is not None else None
+        total = ClippedSum(lambda: trainable(optimizer.param_groups), delivery)
+        spending: Spending = PoissonSpending(rate) if loader is None or loader.poisson_sampling else ShuffledSpending()
+        recorder = Recorder(
+            module,
+            Clipper(function, total, mode),
+            delivery,
+            batch_first=batch_first,
+            generic_only=mode is Mode.FUNCTORCH,
+            loss_reduction=loss_reduction,
+        )
+        private = DPOptimizer(
+            optimizer,
+            function=function,
+            total=total,
+            noise=noise,
+            noise_multiplier=noise_multiplier,
+            expected_batch_size=size,
+            loss_reduction=loss_reduction,
+            accountant=self.accountant,
+            spending=spending,
+        )
+        recorder.attach()
+        setup.claim(module, optimizer, private)
+        self._sessions.append(_Session(module, private, recorder, mode))
+        self._opened += 1
+        if spending.guarantee not in self._guarantees:
+            self._guarantees.append(spending.guarantee)
+
+    # ------------------------------------------------------------------ reading
+
+    def get_epsilon(self, delta: float, accountant: str | None = None) -> float:
+        """Epsilon of everything released so far at ``delta``, >= 0.
+
+        Args:
+            delta: in (0, 1); well below ``1 / n``.
+            accountant: read the same ledger with another accountant (``"pld"``, ...). Default the engine's own.
+
+        Raises:
+            ConfigurationError: delta outside (0, 1), unknown accountant.
+        """
+        if accountant is None:
+            return self.accountant.get_epsilon(delta)
+        other = create_accountant(accountant)
+        other.ledger = self.accountant.ledger
+        return other.get_epsilon(delta)
+
+    @property
+    def steps(self) -> int:
+        """Logical steps made so far."""
+        return sum(session.optimizer.steps for session in self._sessions) + self._closed_steps
+
+    _closed_steps = 0
+
+    @property
+    def grad_sample_mode(self) -> str:
+        """The clipper in use: ``"hooks"``, ``"ghost"``, ``"bk"`` or ``"functorch"``; ``"none"`` before `make_private`."""
+        return ", ".join(sorted({session.mode.value for session in self._sessions})) or "none"
+
+    @property
+    def guarantee(self) -> str:
+        """For which neighbouring datasets, under which sampling, epsilon holds."""
+        return "; and ".join(self._guarantees) or "nothing was made private yet"
+
+    @property
+    def not_finite(self) -> int:
+        """Records dropped so far because their gradient was not finite. Not private: for your eyes, not for a report."""
+        return sum(session.optimizer.total.not_finite for session in self._sessions)
+
+    def explain(self) -> Explanation:
+        """What is done for each module: rule, route of the norms, parameters, and what is kept. Print it.
+
+        Routes depend on shapes, so they are known for the modules that a batch has gone through.
+        """
+        return explain([(s.module, s.recorder, s.mode, s.optimizer) for s in self._sessions])
+
+    def __repr__(self) -> str:
+        return (
+            f"PrivacyEngine(accountant={self.accountant.mechanism!r}, secure_mode={self.secure_mode}, "
+            f"grad_sample_mode={self.grad_sample_mode!r}, steps={self.steps})"
+        )
+
+    # ------------------------------------------------------------------ modules
+
+    @staticmethod
+    def validate(
+        module: nn.Module, optimizer: Optimizer | None = None, data_loader: DataLoader[Any] | None = None
+    ) -> None:
+        """Raise what `make_private` would raise for these, and change nothing."""
+        setup.check_module(module)
+        if optimizer is not None:
+            setup.check_optimizer(optimizer, module)
+        if data_loader is not None:
+            setup.private_loader(data_loader, RunKey.from_seed(0), True, None, 1)
+
+    @classmethod
+    def is_compatible(
+        cls, module: nn.Module, optimizer: Optimizer | None = None, data_loader: DataLoader[Any] | None = None
+    ) -> bool:
+        """Whether `validate` passes.
+
+        >>> PrivacyEngine.is_compatible(torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.BatchNorm1d(2)))
+        False
+        """
+        try:
+            cls.validate(module, optimizer, data_loader)
+        except setup.REFUSALS:
+            return False
+        return True
+
+    @staticmethod
+    def get_compatible_module(module: nn.Module) -> nn.Module:
+        """A copy in which what mixes records is replaced (`ModuleValidator.fix`): BatchNorm becomes GroupNorm.
+
+        >>> PrivacyEngine.get_compatible_module(torch.nn.Sequential(torch.nn.Linear(2, 32), torch.nn.BatchNorm1d(32)))[1]
+        GroupNorm(32, 32, eps=1e-05, affine=True)
+        """
+        return ModuleValidator.fix_and_validate(module)
+
+    def detach(self) -> None:
+        """End private training: hooks go, the original optimizers step again. What was spent stays spent."""
+        for session in self._sessions:
+            self._closed_steps += session.optimizer.steps
+            session.close()
+        self._sessions.clear()
+
+
+def _mode(grad_sample_mode: str) -> Mode:
+    choose("grad_sample_mode", grad_sample_mode, ("auto", *(mode.value for mode in Mode)))
+    return Mode.BK if grad_sample_mode == "auto" else Mode(grad_sample_mode)
+
+
+def _delivery_of(loader: DPDataLoader[Any]) -> Callable[[], Delivery]:
+    feed = loader.feed
+    return lambda: Delivery(feed.delivered, feed.records, feed.logical_batch, feed.last, feed.epoch)

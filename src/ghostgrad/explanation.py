@@ -1,0 +1,72 @@
+"""What a private model does for each of its modules, as rows and as text."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import nn
+
+from ghostgrad.clipping import Mode
+from ghostgrad.layers import find_rule
+from ghostgrad.optimizer import DPOptimizer
+from ghostgrad.recording import Recorder
+
+_KEPT = {
+    Mode.HOOKS: "per-sample gradients (p.grad_sample)",
+    Mode.FUNCTORCH: "per-sample gradients (p.grad_sample)",
+    Mode.BK: "uses, or per-sample gradients where smaller",
+    Mode.GHOST: "norms",
+}
+
+
+@dataclass(frozen=True)
+class ModulePlan:
+    """One module: its path, its type, the rule that answers for it, the route of its norms, and its parameters."""
+
+    path: str
+    module: str
+    rule: str
+    route: str
+    parameters: int
+    kept: str
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """The plan of a private training; ``str()`` is a table."""
+
+    headline: str
+    modules: tuple[ModulePlan, ...]
+
+    def __str__(self) -> str:
+        header = ("module", "type", "rule", "norms", "trainable", "kept until the factors are known")
+        rows = [header, *((m.path, m.module, m.rule, m.route, f"{m.parameters:,}", m.kept) for m in self.modules)]
+        widths = [max(len(row[i]) for row in rows) for i in range(len(header))]
+        lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+        return "\n".join([self.headline, *lines])
+
+
+def explain(sessions: Sequence[tuple[nn.Module, Recorder, Mode, DPOptimizer]]) -> Explanation:
+    """Collect the plans of all private models of an engine."""
+    headlines, plans = [], []
+    for module, recorder, mode, optimizer in sessions:
+        headlines.append(
+            f"grad_sample_mode={mode.value!r}, {optimizer!r}, noise by {optimizer.noise.name}; "
+            f"{optimizer.spending.guarantee}"
+        )
+        plans += [_plan(path, part, recorder, mode) for path, part in module.named_modules() if _trains(part)]
+    return Explanation("\n".join(headlines) or "nothing was made private yet", tuple(plans))
+
+
+def _trains(module: nn.Module) -> bool:
+    return any(p is not None and p.requires_grad for p in module._parameters.values())
+
+
+def _plan(path: str, module: nn.Module, recorder: Recorder, mode: Mode) -> ModulePlan:
+    path = path or type(module).__name__
+    seen = recorder.observed.get(path)
+    rule = None if recorder.generic_only else find_rule(module)
+    route = ", ".join(f"{name}: {how}" for name, how in seen.routes.items()) if seen else "known after a batch"
+    count = sum(p.numel() for p in module._parameters.values() if p is not None and p.requires_grad)
+    return ModulePlan(path, type(module).__name__, rule.name if rule else "generic", route, count, _KEPT[mode])

@@ -1,0 +1,33 @@
+"""A use whose per-sample gradients are held as they are: biases, norm scales, and whatever has no cheaper form."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ghostgrad.gradients.use import Use, rows_where, wide
+
+
+class Explicit(Use):
+    """Per-sample gradients [n, *p], materialised."""
+
+    def __init__(self, grads: Tensor) -> None:
+        self._grads = wide(grads)
+        self.shape = grads.shape[1:]
+
+    @property
+    def n(self) -> int:
+        return self._grads.shape[0]
+
+    def grad_samples(self) -> Tensor:
+        return self._grads
+
+    def keep_rows(self, mask: Tensor) -> Explicit:
+        return Explicit(rows_where(mask, self._grads))
+
+    @classmethod
+    def concatenate(cls, uses: Sequence[Explicit]) -> Explicit:
+        """Several uses of one weight as one: the gradients of a record add up."""
+        return cls(torch.stack([use._grads for use in uses]).sum(0)) if len(uses) > 1 else uses[0]

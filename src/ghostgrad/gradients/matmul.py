@@ -1,0 +1,96 @@
+"""A weight that acts as a matrix product: its gradient is a sum of outer products over positions."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ghostgrad.gradients.explicit import Explicit
+from ghostgrad.gradients.use import Use, rows_where, wide
+
+_CHUNK_ELEMENTS = 1 << 24
+"""The most elements of a temporary: 64 MiB in float32."""
+
+
+class Matmul(Use):
+    """``grad[n, g, o, i] = sum_t dy[n, g, t, o] x[n, g, t, i]``, read as the weight's shape.
+
+    Args:
+        x: what the weight multiplied, [n, g, t, i]; g counts blocks of the weight that do not meet (grouped convolution).
+        dy: the gradient of what came out, [n, g, t, o].
+        shape: the weight's shape; must hold g * o * i elements in the order [g, o, i].
+    """
+
+    def __init__(self, x: Tensor, dy: Tensor, shape: torch.Size) -> None:
+        self.x, self.dy, self.shape = x, dy, shape
+
+    @property
+    def n(self) -> int:
+        return self.x.shape[0]
+
+    def grad_samples(self) -> Tensor:
+        grads = wide(self.dy).transpose(-1, -2) @ wide(self.x)
+        return grads.reshape(self.n, *self.shape)
+
+    def keep_rows(self, mask: Tensor) -> Matmul:
+        return Matmul(rows_where(mask, self.x), rows_where(mask, self.dy), self.shape)
+
+    @property
+    def route(self) -> str:
+        _, _, t, i = self.x.shape
+        o = self.dy.shape[-1]
+        if t == 1:
+            return "outer product"
+        return "gram" if t * (i + o) < i * o else "materialise"
+
+    def sq_norms(self) -> Tensor:
+        if self.route == "outer product":
+            # A rank-one gradient: |dy x^T|^2 = |dy|^2 |x|^2.
+            return (wide(self.x).square().sum(-1) * wide(self.dy).square().sum(-1)).sum((1, 2))
+        return self._gram_norms() if self.route == "gram" else self._chunked_norms()
+
+    def _gram_norms(self) -> Tensor:
+        """``|sum_t dy_t x_t^T|^2 = sum_ts (x_t . x_s)(dy_t . dy_s)``, one block of rows t at a time.
+
+        Both Grams are symmetric, so a block meets itself once and every later block twice.
+        """
+        x, dy, t = wide(self.x), wide(self.dy), self.x.shape[2]
+        block = max(1, min(t, _CHUNK_ELEMENTS // max(1, self.n * self.x.shape[1] * t)))
+        total = x.new_zeros(self.n)
+        for start in range(0, t, block):
+            stop = min(start + block, t)
+            head_x, head_dy = x[:, :, start:stop], dy[:, :, start:stop]
+            product = (head_x @ x[:, :, start:].mT) * (head_dy @ dy[:, :, start:].mT)
+            total += 2 * product.sum((1, 2, 3)) - product[..., : stop - start].sum((1, 2, 3))
+        return total.clamp_(min=0)  # a tiny negative from round-off; NaN stays NaN
+
+    def _chunked_norms(self) -> Tensor:
+        step = max(1, _CHUNK_ELEMENTS // max(1, self.shape.numel()))
+        parts = zip(torch.split(self.x, step), torch.split(self.dy, step), strict=True)
+        return torch.cat([Matmul(x, dy, self.shape).grad_samples().flatten(1).square().sum(1) for x, dy in parts])
+
+    def weighted_sum(self, factors: Tensor) -> Tensor:
+        x, dy = wide(self.x), wide(self.dy)
+        scale = factors.to(x.dtype).view(-1, 1, 1, 1)
+        if x.shape[-1] < dy.shape[-1]:
+            x = x * scale
+        else:
+            dy = dy * scale
+        # [n, g, t, .] -> [g, n t, .]: one matrix product sums over records and positions.
+        x, dy = (side.transpose(0, 1).flatten(1, 2) for side in (x, dy))
+        return (dy.mT @ x).reshape(self.shape)
+
+    def compact(self) -> Use:
+        """Keep the per-sample gradients instead where they are smaller than what they are made of."""
+        held = self.x[0].numel() + self.dy[0].numel() if self.n else 0
+        return Explicit(self.grad_samples()) if self.route == "materialise" and self.shape.numel() <= held else self
+
+    @classmethod
+    def concatenate(cls, uses: Sequence[Matmul]) -> Matmul:
+        """Several uses of one weight as one, along t: the norm then holds the cross terms."""
+        if len(uses) == 1:
+            return uses[0]
+        x, dy = (torch.cat([wide(getattr(use, side)) for use in uses], dim=2) for side in ("x", "dy"))
+        return cls(x, dy, uses[0].shape)

@@ -1,0 +1,63 @@
+"""What a use of a weight can be asked. Index letters: n record, t position, i in, o out, p parameter shape."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+
+import torch
+from torch import Tensor
+
+
+def wide(tensor: Tensor) -> Tensor:
+    """The tensor in the precision that norms and sums are taken in: float64 as it is, anything narrower as float32.
+
+    A product of two bfloat16 numbers is exact in float32, and a sum of many stays a sum: in bfloat16 it stalls.
+    """
+    return tensor if tensor.dtype == torch.float64 else tensor.to(torch.float32)
+
+
+class Use(ABC):
+    """How one weight was used in one backward pass: all that is needed to know each record's gradient of it.
+
+    Every form answers the three questions of clipping from `grad_samples`; a form overrides one where it knows a
+    cheaper way to the same number. Answers are float32, or float64 for float64 operands.
+    """
+
+    shape: torch.Size
+    """The shape of the weight, [*p]."""
+
+    @property
+    @abstractmethod
+    def n(self) -> int:
+        """The number of records."""
+
+    @abstractmethod
+    def grad_samples(self) -> Tensor:
+        """Each record's gradient, [n, *p]."""
+
+    @abstractmethod
+    def keep_rows(self, mask: Tensor) -> Use:
+        """This use with the records outside ``mask`` [n] replaced by zeros; not multiplied: 0 * inf is not 0."""
+
+    def sq_norms(self) -> Tensor:
+        """Each record's squared gradient norm, [n]."""
+        return self.grad_samples().flatten(1).square().sum(1)
+
+    def weighted_sum(self, factors: Tensor) -> Tensor:
+        """``sum_n factors[n] * grad_samples[n]``, [*p]."""
+        grads = self.grad_samples()
+        return (factors.to(grads.dtype) @ grads.flatten(1)).reshape(self.shape)
+
+    def compact(self) -> Use:
+        """The form that is cheapest to keep until the factors are known; the same numbers."""
+        return self
+
+    @property
+    def route(self) -> str:
+        """How the norm of this use is found, in a word (for ``explain``)."""
+        return "materialise"
+
+
+def rows_where(mask: Tensor, tensor: Tensor) -> Tensor:
+    """``tensor`` [n, ...] with the rows outside ``mask`` [n] set to zero."""
+    return torch.where(mask.view(-1, *[1] * (tensor.dim() - 1)), tensor, torch.zeros((), dtype=tensor.dtype))

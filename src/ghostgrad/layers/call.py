@@ -1,0 +1,115 @@
+"""One call of a module, as a rule sees it: its arguments, the gradient of its outputs, and which record owns which row."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ghostgrad.errors import UnsupportedModuleError
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Where the records are in a tensor of a call.
+
+    A layer's rows are not the records: a batch folded into ``[n * fold, ...]`` has several rows of each.
+    """
+
+    n: int
+    batch_first: bool
+    path: str
+
+    def dim(self, tensor: Tensor, *, least: int = 1) -> int | None:
+        """The dimension that holds the records, or None if there is none; ``least`` is the fewest dimensions with one."""
+        if not self.batch_first and tensor.dim() > least and tensor.shape[1] == self.n:
+            return 1
+        return 0 if tensor.dim() >= least and tensor.shape[0] > 0 and tensor.shape[0] % self.n == 0 else None
+
+    def lead(self, tensor: Tensor, *, least: int = 1) -> Tensor:
+        """``tensor`` with the records (or each record's consecutive rows) first.
+
+        Raises:
+            UnsupportedModuleError: when no dimension can be the records'.
+        """
+        dim = self.dim(tensor, least=least)
+        if dim is None:
+            raise UnsupportedModuleError(
+                f"{self.path}: a tensor of shape {list(tensor.shape)} has no dimension for the {self.n} records of this "
+                f"batch, so its rows cannot be attributed to records. Give the layer inputs that lead with the batch "
+                f"(expand an input without a batch dimension to it)."
+            )
+        return tensor.movedim(dim, 0)
+
+    def split(self, tensor: Tensor, *, least: int = 1) -> Tensor:
+        """``tensor`` as [n, fold, ...]: each record's rows by themselves; fold is 1 unless the batch was folded."""
+        lead = self.lead(tensor, least=least)
+        return lead.reshape(self.n, lead.shape[0] // self.n, *lead.shape[1:])
+
+    def images(self, tensor: Tensor, dims: int | None = None) -> Tensor:
+        """``tensor`` as [n, fold, ...], for layers whose own batch is always the first of (if given) ``dims`` dimensions.
+
+        Raises:
+            UnsupportedModuleError: when the first dimension is not a whole number of rows for each record.
+        """
+        if (dims is not None and tensor.dim() != dims) or tensor.shape[0] % self.n:
+            raise UnsupportedModuleError(
+                f"{self.path}: met a tensor of shape {list(tensor.shape)} in a batch of {self.n} records; this layer needs "
+                f"the batch as the first{'' if dims is None else f' of {dims}'} dimension(s), with a whole number of rows "
+                f"for each record."
+            )
+        return tensor.reshape(self.n, tensor.shape[0] // self.n, *tensor.shape[1:])
+
+
+@dataclass(frozen=True)
+class Call:
+    """What a rule is given.
+
+    Attributes:
+        module: the module that was called.
+        path: its name in the root module.
+        parameters: its own trainable parameters at the time of the call, by local name; the rule answers for all of them.
+        args, kwargs: the arguments of the call, tensors detached.
+        grad_outputs: the gradient of each floating-point output tensor in the order of `torch.utils._pytree`; None where
+            nothing depended on it.
+        outputs: the outputs themselves, kept only while the call is still to be proved; else None.
+        rows: where the records are.
+    """
+
+    module: nn.Module
+    path: str
+    parameters: Mapping[str, nn.Parameter]
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any]
+    grad_outputs: tuple[Tensor | None, ...]
+    outputs: tuple[Tensor, ...] | None
+    rows: Rows
+
+    def argument(self, position: int, name: str, default: Any = None) -> Any:
+        """An argument of the call, passed by position or by keyword."""
+        return self.args[position] if len(self.args) > position else self.kwargs.get(name, default)
+
+    @property
+    def input(self) -> Tensor:
+        """The first argument, under the name that torch's layers give it."""
+        x = self.argument(0, "input", self.kwargs.get("x"))
+        if not isinstance(x, Tensor):
+            raise UnsupportedModuleError(f"{self.path}: the input is a {type(x).__name__}, not a tensor.")
+        return x
+
+    @property
+    def grad_output(self) -> Tensor:
+        """The gradient of the only output."""
+        (grad,) = self.grad_outputs
+        if grad is None:  # the probe does not fire without any gradient
+            raise UnsupportedModuleError(f"{self.path}: no gradient arrived at the output.")
+        return grad
+
+
+def sum_to(grads: Tensor, shape: torch.Size) -> Tensor:
+    """Per-sample gradients [n, ..., *p] summed over everything between the record and the parameter: [n, *p]."""
+    between = tuple(range(1, grads.dim() - len(shape)))
+    return grads.sum(between) if between else grads

@@ -1,0 +1,57 @@
+"""Which rule answers for which module. Looked up by what `forward` runs, not by the name of the class alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+from torch import nn
+
+from ghostgrad.gradients import Use
+from ghostgrad.layers.call import Call
+
+RuleFunction = Callable[[Call], Mapping[str, Use]]
+"""From a call to the uses it made of the module's own parameters, by local name."""
+
+
+@dataclass(frozen=True)
+class Rule:
+    """How the calls of one type of module become uses.
+
+    Attributes:
+        name: shown by ``engine.explain()``.
+        uses: the rule itself.
+        parameters: the local parameter names it knows; a module with others goes to the generic rule.
+        refuses: says why a configuration of the module is not supported, or None.
+    """
+
+    name: str
+    uses: RuleFunction
+    parameters: frozenset[str] = frozenset({"weight", "bias"})
+    refuses: Callable[[nn.Module], str | None] = lambda module: None
+
+
+_RULES: dict[type[nn.Module], Rule] = {}
+
+
+def add_rule(*types: type[nn.Module], rule: Rule) -> None:
+    """Let ``rule`` answer for modules whose `forward` is the one of these types."""
+    for module_type in types:
+        _RULES[module_type] = rule
+
+
+def find_rule(module: nn.Module) -> Rule | None:
+    """The rule for a module, or None when only the generic rule can answer.
+
+    A subclass that overrides `forward`, or an instance whose `forward` was replaced, computes something else than the
+    type the rule was written for, so it does not inherit the rule; a subclass that only adds to it does.
+    """
+    if "forward" in vars(module):
+        return None
+    for base in type(module).__mro__:
+        rule = _RULES.get(base)
+        if rule is not None:
+            known = module.forward.__func__ is base.forward  # type: ignore[attr-defined]
+            own = {name for name, p in module._parameters.items() if p is not None}
+            return rule if known and own <= rule.parameters else None
+    return None

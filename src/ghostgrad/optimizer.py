@@ -1,0 +1,268 @@
+"""The private optimizer: one class, whatever the clipping, the noise and the sampling."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from ghostgrad.accounting import Accountant
+from ghostgrad.clipping import ClipFunction, ClippedSum, trainable
+from ghostgrad.errors import ConfigurationError, PrivacyError
+from ghostgrad.noise import NoiseMechanism
+from ghostgrad.spending import Budget, Spending
+
+_OWN_RELEASE = 1 << 30
+"""The noise address of what the clip function releases; parameters are counted from 0."""
+
+
+class DPOptimizer(Optimizer):
+    """Makes the user's optimizer step on ``(clipped sum + noise) / expected_batch_size``.
+
+    `param_groups`, `state` and `defaults` are those of the original, so learning-rate schedulers and checkpoints work on
+    either; hooks registered on this optimizer run around its steps. The original's own ``step`` raises while it is private.
+
+    One logical `step()` releases the sum of the clipped gradients of one logical batch plus independent Gaussian noise of
+    standard deviation ``noise_multiplier * max_grad_norm`` for *every* trainable parameter, also one that got no gradient,
+    also when the batch was empty. The release is noted by the accountant before the parameters change. Guarantee: that of
+    the accountant, under the neighbouring relation that ``engine`` names.
+
+    Made by `PrivacyEngine.make_private`; not meant to be built by hand.
+
+    Attributes:
+        noise_multiplier: noise standard deviation divided by sensitivity, or a function of the step; may be changed
+            between logical steps.
+        max_grad_norm: C; may be changed between logical steps.
+        expected_batch_size: records in a logical batch on average, ``sample_rate * n``; public, a float.
+    """
+
+    def __init__(
+        self,
+        optimizer: Optimizer,
+        *,
+        function: ClipFunction,
+        total: ClippedSum,
+        noise: NoiseMechanism,
+        noise_multiplier: float | Callable[[int], float],
+        expected_batch_size: float,
+        loss_reduction: str,
+        accountant: Accountant,
+        spending: Spending,
+        budget: Budget | None = None,
+    ) -> None:
+        self.original_optimizer = optimizer
+        # Optimizer.__init__ would take the parameters over; __setstate__ only gives this object its hooks.
+        self.__setstate__({})
+        self.clip_function, self.total, self.noise = function, total, noise
+        self.noise_multiplier, self.expected_batch_size = noise_multiplier, expected_batch_size
+        self.loss_reduction, self.accountant, self.spending, self.budget = loss_reduction, accountant, spending, budget
+        self.steps = 0
+        """Logical steps made."""
+        self._written: dict[nn.Parameter, Tensor] = {}
+        self._inner_step = optimizer.step
+        optimizer.step = _fused_shut(optimizer)  # type: ignore[method-assign]
+
+    # ------------------------------------------------------------------ the original's state
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:  # type: ignore[override]
+        """The original's parameter groups."""
+        return self.original_optimizer.param_groups
+
+    @property
+    def state(self) -> Any:  # type: ignore[override]
+        """The original's state."""
+        return self.original_optimizer.state
+
+    @property
+    def defaults(self) -> dict[str, Any]:  # type: ignore[override]
+        """The original's default options."""
+        return self.original_optimizer.defaults
+
+    def state_dict(self) -> dict[str, Any]:
+        """The original's state dict: a checkpoint of either loads into the other."""
+        return self.original_optimizer.state_dict()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load a state dict into the original."""
+        self.original_optimizer.load_state_dict(state_dict)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add parameters to the original; they are noised from the next step on."""
+        self.original_optimizer.add_param_group(param_group)
+
+    @property
+    def params(self) -> list[nn.Parameter]:
+        """The trainable parameters, in order."""
+        return trainable(self.param_groups)
+
+    @property
+    def max_grad_norm(self) -> Any:
+        """The clip bound: a number, or one for each parameter with per-layer clipping."""
+        return self.clip_function.bound
+
+    @max_grad_norm.setter
+    def max_grad_norm(self, value: Any) -> None:
+        if self.total.logical_batches and value != self.max_grad_norm:
+            raise PrivacyError(
+                f"max_grad_norm was set to {value} while a logical batch is being summed: its records would be clipped to "
+                f"different bounds. Change it right after optimizer.step()."
+            )
+        self.clip_function.rebound(value)
+
+    # ------------------------------------------------------------------ stepping
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Clear ``p.grad`` (always to None) and ``p.grad_sample``, and drop the clipped sum.
+
+        While the physical batches of a logical batch are still coming in the sum is kept, so a loop that clears after
+        every physical batch trains on all of them.
+        """
+        for group in self.param_groups:
+            for p in group["params"]:
+                p.grad = None
+                if hasattr(p, "grad_sample"):
+                    del p.grad_sample
+        self._written.clear()
+        self.total.clear_for_zero_grad()
+
+    def discard_partial(self) -> None:
+        """Drop the sum of a logical batch that was left in the middle."""
+        self.total.discard_partial()
+
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+        """Finish the logical batch: add noise, scale, note the release, and let the original optimizer step.
+
+        In the middle of a logical batch (a physical batch of a `BatchMemoryManager`, a part of ``accumulation_steps``)
+        nothing is released and the call returns.
+
+        Args:
+            closure: evaluates the loss and calls backward, once.
+
+        Returns:
+            What the closure returned.
+
+        Raises:
+            BudgetExhausted: the step would pass ``target_epsilon``; nothing was changed.
+            PrivacyError: a parameter holds a gradient that the clipper did not produce.
+        """
+        self._refuse_grad_scaler()
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        self._refuse_foreign_gradients()
+        if self.total.complete:
+            self._release()
+        return loss
+
+    @torch.no_grad()
+    def _release(self) -> None:
+        noise_multiplier = self._current_noise_multiplier()
+        draws, epochs = len(self.total.logical_batches), set(self.total.epochs)
+        releases = self.spending.releases(noise_multiplier, draws, epochs)
+        if self.budget is not None:
+            self.budget.check(releases)
+        # Noted first: a crash from here on leaves the ledger above what was released, never below.
+        for sigma, rate, steps in releases:
+            self.accountant.step(noise_multiplier=sigma, sample_rate=rate, steps=steps)
+        self.spending.note(noise_multiplier, epochs)
+        size = self.expected_batch_size * max(1, draws)
+        self._write_gradients(noise_multiplier, size)
+        self._update_clip_function(noise_multiplier, size)
+        self.total.close()
+        self.steps += 1
+        self._inner_step()
+
+    def _current_noise_multiplier(self) -> float:
+        sigma = self.noise_multiplier(self.steps) if callable(self.noise_multiplier) else self.noise_multiplier
+        if not (math.isfinite(sigma) and sigma >= 0):
+            raise ConfigurationError(f"noise_multiplier={sigma} must be finite and not negative.")
+        return float(sigma)
+
+    def _write_gradients(self, noise_multiplier: float, size: float) -> None:
+        std = self.clip_function.effective_noise_multiplier(noise_multiplier) * self.clip_function.sensitivity
+        divisor = size if self.loss_reduction == "mean" else 1.0
+        for index, p in enumerate(p for group in self.param_groups for p in group["params"]):
+            if not p.requires_grad:
+                continue
+            total = self.total.take(p)
+            self.noise.add_(total, std=std, step=self.steps, index=index)
+            p.grad = _towards_zero(total.div_(divisor), p.dtype)
+            self._written[p] = p.grad
+
+    def _update_clip_function(self, noise_multiplier: float, size: float) -> None:
+        noise = torch.zeros(1, dtype=torch.float64)
+        self.noise.add_(noise, std=1.0, step=self.steps, index=_OWN_RELEASE)
+        self.clip_function.update(
+            statistic=self.total.statistic,
+            expected_batch_size=size,
+            noise_multiplier=noise_multiplier,
+            noise=float(noise),
+        )
+
+    def _refuse_foreign_gradients(self) -> None:
+        for number, p in enumerate(p for group in self.param_groups for p in group["params"]):
+            if p.grad is None:
+                continue
+            if p.grad is self._written.get(p):
+                raise PrivacyError(
+                    "step() was called again before zero_grad(): the gradient of the last step is still there. Call "
+                    "optimizer.zero_grad() after each step."
+                )
+            if bool(p.grad.count_nonzero()):
+                raise PrivacyError(
+                    f"parameter {number} of the optimizer (shape {list(p.shape)}) holds a gradient that the clipper did not "
+                    f"produce, so it is not bounded. It comes from a backward in eval mode, through another module, or was "
+                    f"set by hand. Call model.train() before the forward, or optimizer.zero_grad() to drop it."
+                )
+            p.grad = None
+
+    def _refuse_grad_scaler(self) -> None:
+        if getattr(self, "grad_scale", None) is not None or getattr(self, "found_inf", None) is not None:
+            raise PrivacyError(
+                "this step was called by a GradScaler, whose scaled loss was clipped instead of the loss. Per-sample "
+                "norms are taken in float32: leave the scaler out (autocast with bfloat16 needs none)."
+            )
+
+    _step_supports_amp_scaling = (
+        True  # a GradScaler then hands its scale over, and step() can refuse it with the reason
+    )
+
+    def release_original(self) -> None:
+        """Give the original optimizer its own step back."""
+        vars(self.original_optimizer).pop("step", None)
+        if self._inner_step != self.original_optimizer.step:  # a scheduler had wrapped it before
+            self.original_optimizer.step = self._inner_step  # type: ignore[method-assign]
+
+    def __repr__(self) -> str:
+        return (
+            f"DPOptimizer({type(self.original_optimizer).__name__}, clipping={self.clip_function.name!r}, "
+            f"max_grad_norm={self.max_grad_norm}, noise_multiplier={self.noise_multiplier}, "
+            f"expected_batch_size={self.expected_batch_size:g})"
+        )
+
+
+def _towards_zero(value: Tensor, dtype: torch.dtype) -> Tensor:
+    """``value`` in a narrower type, no element larger than it was: rounding up could pass the bound."""
+    if value.dtype == dtype:
+        return value
+    cast = value.to(dtype)
+    over = cast.to(value.dtype).abs() > value.abs()
+    return torch.where(over, torch.nextafter(cast, torch.zeros_like(cast)), cast)
+
+
+def _fused_shut(optimizer: Optimizer) -> Callable[..., Any]:
+    def step(*args: Any, **options: Any) -> Any:
+        raise PrivacyError(
+            f"this {type(optimizer).__name__} was made private; stepping it directly would train without clipping and noise. "
+            f"Call step() on the optimizer that make_private returned, or engine.detach() to end private training."
+        )
+
+    # Schedulers that were built on the original look for this mark, and warn without it.
+    step._wrapped_by_lr_sched = True  # type: ignore[attr-defined]
+    return step

@@ -1,0 +1,58 @@
+"""The two nodes put into the user's graph: a probe behind every call of a module, a boundary behind the root's outputs.
+
+Both are identities. They hand out ``tensor.detach()`` and not a view, so operations in place behind them keep working.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+Listener = Callable[[tuple[Tensor, ...], tuple[Tensor | None, ...]], None]
+"""Is told the kept tensors and the gradients of the outputs when a probe fires."""
+
+
+class Probe(torch.autograd.Function):
+    """Passes a module's outputs on; its backward tells the listener and returns no gradient for parameters.
+
+    The parameters are inputs only so that the outputs depend on them and the backward comes by. What is kept goes through
+    ``save_for_backward``: activation checkpointing then drops and recomputes it like anything else, and a change in place is
+    noticed by autograd itself.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, listener: Listener, keep: tuple[Tensor, ...], count: int, *tensors: Tensor) -> Any:
+        ctx.listener, ctx.others = listener, len(tensors) - count
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*keep)
+        return tuple(out.detach() for out in tensors[:count])
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor | None) -> Any:
+        if any(grad is not None for grad in grads):
+            ctx.listener(ctx.saved_tensors, grads)
+        return (None, None, None, *grads, *[None] * ctx.others)
+
+
+class Boundary(torch.autograd.Function):
+    """Cuts the root's outputs off their graph; its backward runs that graph as often as the clipper needs.
+
+    ``backward`` is handed the gradients of the outputs and returns those of the root's inputs.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, backward: Callable[..., Any], anchor: Tensor, inputs: int, *tensors: Tensor) -> Any:
+        # The anchor requires grad, so the outputs do, also where no input does.
+        ctx.run, ctx.inputs, ctx.others = backward, inputs, len(tensors) - inputs
+        ctx.set_materialize_grads(False)
+        return tuple(out.detach() for out in tensors[inputs:])
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor | None) -> Any:
+        return (None, None, None, *ctx.run(grads), *[None] * ctx.others)

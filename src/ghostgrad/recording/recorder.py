@@ -1,0 +1,423 @@
+"""Watches a module's forward and backward and hands every use of a weight to a clipper. Hooks and nothing else."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from enum import Enum, auto
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.autograd import Variable
+from torch.utils._pytree import tree_flatten, tree_unflatten
+
+from ghostgrad.errors import PrivacyError, UnsupportedModuleError
+from ghostgrad.gradients import Use
+from ghostgrad.layers import Call, Rows, Rule, find_rule, generic
+from ghostgrad.recording import proofs
+from ghostgrad.recording.hooks import Hook
+from ghostgrad.recording.losses import check_losses, watch
+from ghostgrad.recording.probe import Boundary, Probe
+from ghostgrad.recording.rows import count_records, no_rows, one_row_of_zeros
+from ghostgrad.recording.tape import Delivery, Tape
+from ghostgrad.tree import map_tensors, tensors
+
+_GENERIC = Rule("generic", generic, frozenset())
+
+
+class Phase(Enum):
+    """What a backward through the recorded graph is for."""
+
+    PASS = auto()
+    ISOLATION = auto()
+    MEASURE = auto()
+    SUM = auto()
+
+
+class Sink(Protocol):
+    """What the recorder needs of a clipper."""
+
+    two_passes: bool
+
+    def admit(self, tapes: Sequence[Tape]) -> None:
+        """Refuse records that must not be added to this step; called before any sum is touched."""
+
+    def measure(self, parameter: nn.Parameter, use: Use, *, complete: bool) -> str:
+        """Take note of a use; ``complete`` says that no other use of the weight can follow. Returns the route."""
+
+    def settle(self, n: int) -> None:
+        """All uses are known: work out the factors, and with one pass the sums."""
+
+    def add(self, parameter: nn.Parameter, use: Use) -> None:
+        """Second pass: add a use, weighted by the factors."""
+
+    def commit(self, tapes: Sequence[Tape]) -> None:
+        """Add the sums of this backward to those of the step."""
+
+    def reset(self) -> None:
+        """Forget the backward that is under way."""
+
+
+@dataclass(frozen=True)
+class Observation:
+    """What was done for one module, as far as a batch has shown it."""
+
+    rule: str
+    routes: Mapping[str, str]
+
+
+class Recorder:
+    """Records what the trainable parameters of ``root`` are used for.
+
+    The root's pre-hook opens a tape and its forward hook puts a boundary behind the outputs; in between every call of a
+    module that owns trainable parameters gets a probe. Nothing is recorded in eval mode or without grad mode.
+
+    Args:
+        root: the module that the user calls.
+        sink: the clipper.
+        delivery: tells what the private loader handed out last; None where there is no such loader.
+        generic_only: let the generic rule answer for every module (the slow cross-check).
+        loss_reduction: ``"mean"`` or ``"sum"`` of the records' losses.
+    """
+
+    def __init__(
+        self,
+        root: nn.Module,
+        sink: Sink,
+        delivery: Callable[[], Delivery] | None,
+        *,
+        batch_first: bool = True,
+        generic_only: bool = False,
+        loss_reduction: str = "mean",
+    ) -> None:
+        self.root, self.sink, self.delivery = root, sink, delivery
+        self.batch_first, self.generic_only, self.loss_reduction = batch_first, generic_only, loss_reduction
+        self.observed: dict[str, Observation] = {}
+        self._proved: set[object] = set()
+        self._forward_proved = False
+        self._tape: Tape | None = None
+        self._phase = Phase.MEASURE
+        self._keep: Tensor | None = None
+        self._paused = False
+        self._round: list[Tape] = []
+        self._round_task = -1
+        self._open: list[list[nn.Parameter]] = []
+        self._outer: list[Tape | None] = []
+        self._handles: list[Any] = []
+
+    # ------------------------------------------------------------------ attaching
+
+    def attach(self) -> None:
+        """Put the hooks on the root and on every module that owns parameters."""
+        self._handles.append(self.root.register_forward_pre_hook(Hook(self._enter_root), with_kwargs=True))
+        for path, module in self.root.named_modules():
+            if any(p is not None for p in module._parameters.values()):
+                self._watch(path or type(module).__name__, module)
+        leave = self.root.register_forward_hook(Hook(self._leave_root), with_kwargs=True, always_call=True)
+        self._handles.append(leave)
+        watch.add(self)
+
+    def detach(self) -> None:
+        """Take all hooks away."""
+        watch.remove(self)
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+
+    def _watch(self, path: str, module: nn.Module) -> None:
+        def before(module: nn.Module, args: Any) -> None:
+            self._enter(module)
+
+        def after(module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
+            return self._leave(path, module, args, kwargs, output)
+
+        self._handles.append(module.register_forward_pre_hook(Hook(before)))
+        # In front of the user's own hooks: the rule is about what the module itself returned.
+        hook = module.register_forward_hook(Hook(after), with_kwargs=True, always_call=True, prepend=True)
+        self._handles.append(hook)
+
+    # ------------------------------------------------------------------ the root's forward
+
+    def _enter_root(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
+        self._outer.append(self._tape)
+        if self._paused or not module.training or not torch.is_grad_enabled() or len(self._outer) > 1:
+            return None
+        self._restore_all()
+        check_batch_norms(module)
+        n = count_records(args, kwargs, batch_first=self.batch_first)
+        tape = Tape(n, self.delivery() if self.delivery else None)
+        if n == 0:
+            self._tape = tape
+            return one_row_of_zeros((args, kwargs), batch_first=self.batch_first)
+        if n > 1 and not self._forward_proved:
+            with self.paused():
+                proofs.check_forward(module, args, kwargs, n, batch_first=self.batch_first)
+            self._forward_proved = True
+        self._tape = tape
+        return self._stand_in(tape, args, kwargs)
+
+    @staticmethod
+    def _stand_in(tape: Tape, args: Any, kwargs: Any) -> Any:
+        """Cut inputs that require grad off their own graph; the boundary hands their gradients on."""
+        leaves, spec = tree_flatten((args, kwargs))
+        for i, leaf in enumerate(leaves):
+            if isinstance(leaf, Tensor) and leaf.requires_grad:
+                leaves[i] = leaf.detach().requires_grad_()
+                tape.inputs.append((leaf, leaves[i]))
+        return tree_unflatten(leaves, spec) if tape.inputs else None
+
+    def _leave_root(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
+        tape, self._tape = self._tape, self._outer.pop()
+        if tape is None or tape is self._tape or output is None:
+            return None
+        if tape.n == 0:
+            output = no_rows(output, batch_first=self.batch_first)
+        leaves = [t for t in tensors(output) if t.is_floating_point() and (t.requires_grad or tape.n == 0)]
+        if not leaves:
+            return None
+        tape.outputs = leaves
+        anchor = torch.zeros((), requires_grad=True)
+        originals = [original for original, _ in tape.inputs]
+        detached = [leaf.detach() for leaf in leaves]
+
+        def run(grads: tuple[Tensor | None, ...]) -> Sequence[Tensor | None]:
+            return self._backward(tape, grads)
+
+        passed = Boundary.apply(  # type: ignore[no-untyped-call]
+            run, anchor, len(originals), *originals, *detached
+        )
+        new = iter(passed)
+        return map_tensors(lambda t: next(new) if any(t is leaf for leaf in leaves) else t, output)
+
+    # ------------------------------------------------------------------ the modules' forward
+
+    def _enter(self, module: nn.Module) -> None:
+        """Switch the module's own parameters off, so that autograd does not work out their ordinary gradients."""
+        if self._paused or self._tape is None or self._tape.n == 0:
+            self._open.append([])
+            return
+        own = [p for p in module._parameters.values() if p is not None and p.requires_grad]
+        self._open.append(own)
+        for p in own:
+            p.requires_grad_(False)
+
+    def _restore_all(self) -> None:
+        """Switch on what an interrupted forward left off (an interrupt skips the hooks that an error does not)."""
+        while self._open:
+            for p in self._open.pop():
+                p.requires_grad_(True)
+
+    def _leave(self, path: str, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
+        own = self._open.pop() if self._open else []
+        for p in own:
+            p.requires_grad_(True)
+        tape = self._tape
+        if not own or tape is None or output is None:
+            return None
+        parameters = {name: p for name, p in module._parameters.items() if p is not None and any(p is q for q in own)}
+        outs = [leaf for leaf in tensors(output) if leaf.is_floating_point()]
+        if not outs:
+            return None
+        passed = iter(self._probe(tape, path, module, parameters, args, kwargs, outs))
+        return map_tensors(lambda t: next(passed) if t.is_floating_point() else t, output)
+
+    def _probe(
+        self, tape: Tape, path: str, module: nn.Module, parameters: dict[str, nn.Parameter], args: Any, kwargs: Any,
+        outs: list[Tensor],
+    ) -> Any:  # fmt: skip
+        rule = self._rule(path, module)
+        rows = Rows(tape.n, self.batch_first, path)
+        leaves, spec = tree_flatten((args, kwargs))
+        places = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
+        keep = tuple(leaves[i].detach() for i in places)
+        layout = (path, *((t.dim(), t.shape[:1] == (tape.n,)) for t in (*keep, *outs)))
+        unproved = layout not in self._proved
+        if unproved:
+            tape.unproved.add(layout)
+        copies = tuple(out.detach().clone() for out in outs) if unproved and rule is _GENERIC else None
+        tape.calls.update(parameters.values())
+        others = [None if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+
+        def fired(kept: tuple[Tensor, ...], grads: tuple[Tensor | None, ...]) -> None:
+            filled = list(others)
+            for i, tensor in zip(places, kept, strict=True):
+                filled[i] = tensor
+            call_args, call_kwargs = tree_unflatten(filled, spec)
+            call = Call(module, path, parameters, call_args, call_kwargs, grads, copies, rows)
+            self._fired(tape, rule, call)
+
+        return Probe.apply(  # type: ignore[no-untyped-call]
+            fired, keep, len(outs), *outs, *parameters.values()
+        )
+
+    def _rule(self, path: str, module: nn.Module) -> Rule:
+        rule = None if self.generic_only else find_rule(module)
+        reason = rule.refuses(module) if rule else None
+        if reason:
+            raise UnsupportedModuleError(f"{path}: {type(module).__name__}: {reason}.")
+        return rule or _GENERIC
+
+    # ------------------------------------------------------------------ backward
+
+    def _fired(self, tape: Tape, rule: Rule, call: Call) -> None:
+        if self._tape is not tape:
+            raise PrivacyError(
+                f"{call.path}: a gradient entered the model other than through what its forward returned (a loss on a value "
+                f"that a module kept, such as an auxiliary loss). Return that value from the root's forward."
+            )
+        if self._phase is Phase.PASS:
+            return
+        if self._phase is Phase.ISOLATION:
+            assert self._keep is not None
+            proofs.check_rows(call.grad_outputs, call.rows, self._keep)
+            return
+        with self.paused():
+            uses = rule.uses(call)
+        routes = {}
+        for name, parameter in call.parameters.items():
+            if self._phase is Phase.SUM:
+                self.sink.add(parameter, uses[name])
+                continue
+            tape.calls[parameter] -= 1
+            complete = tape.calls[parameter] == 0 and len(self._round) == 1
+            routes[name] = self.sink.measure(parameter, uses[name], complete=complete)
+        if routes and call.path not in self.observed:
+            self.observed[call.path] = Observation(rule.name, routes)
+
+    def before_backward(self, losses: Sequence[Tensor]) -> None:
+        """Called before `torch.autograd.backward` starts from these."""
+        if self._tape is None:
+            check_losses(losses, self.loss_reduction)
+
+    def _backward(self, tape: Tape, grads: tuple[Tensor | None, ...]) -> Sequence[Tensor | None]:
+        """Answer the gradients of the root's outputs: measure every use now, add up when the outermost backward ends."""
+        if not watch.depth:
+            return self._pass_through(tape, grads)
+        if tape.done:
+            raise PrivacyError(
+                "a second backward went through the same forward. Its records would be clipped twice and count twice. Add "
+                "the losses up and call backward once, or run the forward again on other records."
+            )
+        tape.done = True
+        self._join_round(tape)
+        self._check_foreign_gradients()
+        if tape.n:
+            self._measure(tape, grads)
+        return self._take_input_grads(tape, self._scale(tape))
+
+    def _pass_through(self, tape: Tape, grads: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
+        """`torch.autograd.grad` wants gradients of the inputs only: hand them on and record nothing."""
+        if tape.n:
+            self._run(tape, Phase.PASS, grads, retain=True)
+            self._check_foreign_gradients()
+        return self._take_input_grads(tape, 1.0)
+
+    @staticmethod
+    def _take_input_grads(tape: Tape, scale: float) -> list[Tensor | None]:
+        found = [None if leaf.grad is None else leaf.grad / scale for _, leaf in tape.inputs]
+        for _, leaf in tape.inputs:
+            leaf.grad = None
+        return found
+
+    def _join_round(self, tape: Tape) -> None:
+        task = torch._C._current_graph_task_id()
+        if task != self._round_task or not self._round:
+            self._round, self._round_task = [], task
+            self.sink.reset()
+            Variable._execution_engine.queue_callback(self._finish)
+        self._round.append(tape)
+
+    def _scale(self, tape: Tape) -> float:
+        return float(tape.n) if self.loss_reduction == "mean" else 1.0
+
+    def _measure(self, tape: Tape, grads: tuple[Tensor | None, ...]) -> None:
+        rows = Rows(tape.n, self.batch_first, type(self.root).__name__)
+        for grad in grads:
+            if grad is not None and rows.dim(grad) is None:
+                raise UnsupportedModuleError(
+                    f"{rows.path}: a gradient arrived at an output of shape {list(grad.shape)}, which does not lead with the "
+                    f"{tape.n} records of the batch. A loss computed inside the model cannot be told apart by record: return "
+                    f"the predictions and compute the loss outside."
+                )
+        tape.grads = [None if grad is None else grad * self._scale(tape) for grad in grads]
+        if tape.unproved and tape.n > 1:
+            for keep in proofs.random_halves(tape.n):
+                self._keep = keep
+                self._run(tape, Phase.ISOLATION, proofs.mask_records(tape.grads, rows, keep), retain=True)
+            self._proved |= tape.unproved
+            self._take_input_grads(tape, 1.0)
+        self._run(tape, Phase.MEASURE, tape.grads, retain=self.sink.two_passes)
+        self._check_foreign_gradients()
+
+    def _run(self, tape: Tape, phase: Phase, grads: Sequence[Tensor | None], *, retain: bool) -> None:
+        arrived = [(out, grad) for out, grad in zip(tape.outputs, grads, strict=True) if grad is not None]
+        outer, self._tape, self._phase = self._tape, tape, phase
+        try:
+            watch.original([out for out, _ in arrived], [grad for _, grad in arrived], retain_graph=retain)
+        finally:
+            self._tape, self._phase = outer, Phase.MEASURE
+
+    def _finish(self) -> None:
+        """The outermost backward has ended: every use of every weight is known."""
+        tapes, self._round = self._round, []
+        try:
+            self._check_foreign_gradients()
+            self.sink.admit(tapes)
+            sizes = {tape.n for tape in tapes}
+            if len(sizes) > 1:
+                raise PrivacyError(
+                    f"one backward joined forwards of {sorted(sizes)} records. Row i of each forward is taken as record i, so "
+                    f"they must have the same records. Call backward once for each batch."
+                )
+            if tapes[0].n:
+                self.sink.settle(tapes[0].n)
+                if self.sink.two_passes:
+                    for tape in tapes:
+                        self._run(tape, Phase.SUM, tape.grads, retain=False)
+            self.sink.commit(tapes)
+        finally:
+            self.sink.reset()
+            for tape in tapes:
+                tape.outputs, tape.grads = [], []
+
+    def _check_foreign_gradients(self) -> None:
+        """Nothing but the clipper may produce a gradient of a parameter; while it works ``p.grad`` stays None."""
+        found = {name: p.grad for name, p in self.root.named_parameters() if p.grad is not None}
+        if not found:
+            return
+        for p in self.root.parameters():
+            p.grad = None
+        for name, grad in found.items():
+            if bool(grad.count_nonzero()):
+                raise PrivacyError(
+                    f"{name} received a gradient that did not pass through a call of the module that owns it, so it cannot be "
+                    f"clipped: it is used directly (F.linear(h, m.weight)), or penalised in the loss, or a gradient of an "
+                    f"earlier backward was not cleared (call optimizer.zero_grad()). Call the module itself, and use the "
+                    f"optimizer's weight_decay for a penalty."
+                )
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Calls of modules inside are not recorded."""
+        before, self._paused = self._paused, True
+        try:
+            yield
+        finally:
+            self._paused = before
+
+
+def check_batch_norms(root: nn.Module) -> None:
+    """Refuse batch norms that would use the statistics of the batch, whether or not they train.
+
+    Raises:
+        PrivacyError: naming the module; ``model.train()`` may have put a frozen one back into training mode.
+    """
+    for path, module in root.named_modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) and (module.training or module.running_mean is None):
+            raise PrivacyError(
+                f"{path or 'the module'}: {type(module).__name__} normalises with the statistics of the batch, so every record "
+                f"changes the output of the others. Keep it in eval mode (call {path or 'module'}.eval() after "
+                f"model.train()), or replace it: ModuleValidator.fix(model) puts GroupNorm in its place."
+            )

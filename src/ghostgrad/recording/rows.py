@@ -1,0 +1,57 @@
+"""The batch dimension of what goes into and comes out of the root module."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ghostgrad.errors import UnsupportedModuleError
+from ghostgrad.tree import map_tensors, tensors
+
+
+def count_records(args: Any, kwargs: Any, *, batch_first: bool) -> int:
+    """The number of records in a call of the root: the batch dimension of its first tensor that has one."""
+    dim = 0 if batch_first else 1
+    for tensor in tensors((args, kwargs)):
+        if tensor.dim() > dim:
+            return tensor.shape[dim]
+    raise UnsupportedModuleError(
+        f"the module was called without a tensor that has a batch dimension (dimension {dim}), so the number of records is "
+        f"not known. Pass the batch to the module's forward as tensors."
+    )
+
+
+def one_row_of_zeros(tree: Any, *, batch_first: bool) -> Any:
+    """A batch of no records made into one row of zeros, so that any model can run on it."""
+    dim = 0 if batch_first else 1
+
+    def fill(tensor: Tensor) -> Tensor:
+        if tensor.dim() <= dim or tensor.shape[dim]:
+            return tensor
+        shape = list(tensor.shape)
+        shape[dim] = 1
+        return torch.zeros(shape, dtype=tensor.dtype, device=tensor.device)
+
+    return map_tensors(fill, tree)
+
+
+def no_rows(tree: Any, *, batch_first: bool) -> Any:
+    """Outputs for that one row, cut to no rows and off their graph; what has no batch dimension becomes zero."""
+    dim = 0 if batch_first else 1
+
+    def cut(tensor: Tensor) -> Tensor:
+        return tensor.detach().narrow(dim, 0, 0) if tensor.dim() > dim else torch.zeros_like(tensor)
+
+    return map_tensors(cut, tree)
+
+
+def without_first(tree: Any, n: int, *, batch_first: bool) -> Any:
+    """The call's arguments without the first of their ``n`` records."""
+    dim = 0 if batch_first else 1
+
+    def cut(tensor: Tensor) -> Tensor:
+        return tensor.narrow(dim, 1, n - 1) if tensor.dim() > dim and tensor.shape[dim] == n else tensor
+
+    return map_tensors(cut, tree)

@@ -1,0 +1,44 @@
+"""What is known of one forward pass of the root module until its backward has been answered."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from torch import Tensor, nn
+
+
+class Delivery(NamedTuple):
+    """What the private loader had handed out when the forward ran."""
+
+    piece: int
+    records: int
+    logical_batch: int
+    last: bool
+    epoch: int
+
+
+@dataclass(eq=False)
+class Tape:
+    """One forward pass of the root module.
+
+    Attributes:
+        n: the records in it.
+        delivery: which batch of the private loader it belongs to; None without such a loader.
+        inputs: the root's inputs that require grad, and the leaves that stood in for them inside.
+        outputs: the root's outputs inside the graph, before the boundary.
+        grads: the gradients that arrived at them, scaled to be those of each record's own loss.
+        calls: how many probes of each parameter have not fired yet.
+        unproved: the layouts of calls that row isolation was not shown for yet.
+        done: whether its backward ran; it can run once.
+    """
+
+    n: int
+    delivery: Delivery | None
+    inputs: list[tuple[Tensor, Tensor]] = field(default_factory=list)
+    outputs: list[Tensor] = field(default_factory=list)
+    grads: list[Tensor | None] = field(default_factory=list)
+    calls: Counter[nn.Parameter] = field(default_factory=Counter)
+    unproved: set[object] = field(default_factory=set)
+    done: bool = False

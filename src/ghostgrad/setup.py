@@ -1,0 +1,242 @@
+"""Checks and choices before anything is made private: each raises with the reason and changes nothing."""
+
+from __future__ import annotations
+
+import inspect
+import math
+import weakref
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+from torch.utils.data import DataLoader
+
+from ghostgrad.clipping import AdaptiveClipping, AutomaticClipping, ClipFunction, FlatClipping, PerLayerClipping
+from ghostgrad.errors import ConfigurationError, PrivacyError, UnsupportedModuleError, choose
+from ghostgrad.keys import RunKey
+from ghostgrad.layers import find_rule
+from ghostgrad.recording import check_batch_norms
+from ghostgrad.sampling import DPDataLoader
+
+REFUSALS = (ConfigurationError, PrivacyError, UnsupportedModuleError)
+
+_CLIPPINGS = ("flat", "per_layer", "automatic", "adaptive")
+_private: weakref.WeakSet[Any] = weakref.WeakSet()
+"""Modules and optimizers that are private now. Kept here so that nothing is written on the user's objects."""
+
+
+def claim(*objects: nn.Module | Optimizer) -> None:
+    """Remember that these are private."""
+    for thing in objects:
+        _private.add(thing)
+
+
+def release(*objects: nn.Module | Optimizer) -> None:
+    """They are no longer private."""
+    for thing in objects:
+        _private.discard(thing)
+
+
+def check_noise_multiplier(noise_multiplier: float | Callable[[int], float]) -> float:
+    """The noise multiplier of the first step.
+
+    Raises:
+        ConfigurationError: not a number, negative or not finite.
+    """
+    value = noise_multiplier(0) if callable(noise_multiplier) else noise_multiplier
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value) or value < 0:
+        raise ConfigurationError(
+            f"noise_multiplier={value!r} must be a finite number >= 0: the noise's standard deviation divided by the "
+            f"sensitivity (0 trains without privacy, and epsilon says infinity)."
+        )
+    return float(value)
+
+
+def check_not_distributed() -> None:
+    """Refuse a process group of several ranks: each would add its own full noise and report its own steps."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        size = torch.distributed.get_world_size()
+        if size > 1:
+            raise ConfigurationError(
+                f"a process group of {size} ranks is initialised; this version trains on one process. Call make_private "
+                f"without a process group."
+            )
+
+
+def check_module(module: nn.Module) -> None:
+    """Refuse a module that cannot be trained privately as it is.
+
+    Raises:
+        ConfigurationError, PrivacyError, UnsupportedModuleError: naming the sub-module and the way out.
+    """
+    if not isinstance(module, nn.Module):
+        raise ConfigurationError(f"module is a {type(module).__name__}; it must be a torch.nn.Module.")
+    if isinstance(module, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+        raise ConfigurationError(
+            f"module is wrapped in {type(module).__name__}, which splits the batch where the recorder cannot follow; give "
+            f"the module inside it (module.module)."
+        )
+    for path, part in module.named_modules():
+        if part in _private:
+            raise ConfigurationError(
+                f"{path or 'the module'} is private already; a second make_private would clip twice. Call engine.detach() first."
+            )
+    if not any(p.requires_grad for p in module.parameters()):
+        raise ConfigurationError(
+            "the module has no trainable parameters (requires_grad=True), so there is nothing to train."
+        )
+    if module.training:
+        check_batch_norms(module)
+    for path, part in module.named_modules():
+        rule = find_rule(part)
+        trains = any(p is not None and p.requires_grad for p in part._parameters.values())
+        reason = rule.refuses(part) if rule else None
+        if reason and (trains or isinstance(part, nn.modules.instancenorm._InstanceNorm)):
+            raise UnsupportedModuleError(f"{path or type(part).__name__}: {type(part).__name__}: {reason}.")
+
+
+def check_optimizer(optimizer: Optimizer, module: nn.Module) -> None:
+    """Refuse an optimizer that does not train exactly the module, or that cannot be made private.
+
+    Raises:
+        ConfigurationError: naming what does not fit.
+    """
+    if not isinstance(optimizer, Optimizer):
+        raise ConfigurationError(f"optimizer is a {type(optimizer).__name__}; it must be a torch.optim.Optimizer.")
+    if optimizer in _private:
+        raise ConfigurationError("the optimizer is private already; give the original one, after engine.detach().")
+    closure = inspect.signature(type(optimizer).step).parameters.get("closure")
+    if isinstance(optimizer, torch.optim.LBFGS) or (closure is not None and closure.default is inspect.Parameter.empty):
+        raise ConfigurationError(
+            f"{type(optimizer).__name__} evaluates the loss several times in one step; each evaluation would be a release of "
+            f"its own. Use an optimizer that takes one gradient a step (SGD, Adam, ...)."
+        )
+    names = {p: name for name, p in module.named_parameters()}
+    held = [p for group in optimizer.param_groups for p in group["params"]]
+    foreign = [list(p.shape) for p in held if p not in names]
+    if foreign:
+        raise ConfigurationError(
+            f"{len(foreign)} of the optimizer's parameters are not the module's (shapes {foreign[:3]}), so their gradients "
+            f"would not be clipped. Build the optimizer from module.parameters()."
+        )
+    missing = [name for p, name in names.items() if p.requires_grad and not any(p is q for q in held)]
+    if missing:
+        raise ConfigurationError(
+            f"{', '.join(missing[:3])}{' and others' if len(missing) > 3 else ''} can be trained but no param_group of the "
+            f"optimizer holds it. Add it, or freeze it with requires_grad_(False)."
+        )
+    if not any(p.requires_grad for p in held):
+        raise ConfigurationError("none of the optimizer's parameters is trainable (requires_grad=True).")
+
+
+def private_loader(
+    data_loader: DataLoader[Any] | None,
+    key: RunKey,
+    poisson_sampling: bool,
+    sample_rate: float | None,
+    accumulation_steps: int,
+) -> DPDataLoader[Any] | None:
+    """The private form of the user's loader; None where the user samples by himself."""
+    if data_loader is None:
+        return None
+    if not isinstance(data_loader, DataLoader):
+        raise ConfigurationError(
+            f"data_loader is a {type(data_loader).__name__}; it must be a torch DataLoader, or None."
+        )
+    return DPDataLoader.from_data_loader(
+        data_loader,
+        key=key,
+        poisson_sampling=poisson_sampling,
+        sample_rate=sample_rate,
+        accumulation_steps=accumulation_steps,
+    )
+
+
+def public_sizes(
+    loader: DPDataLoader[Any] | None,
+    sample_rate: float | None,
+    expected_batch_size: float | None,
+    accumulation_steps: int,
+) -> tuple[float, float]:
+    """The sample rate and the expected size of a logical batch: public, exact, floats.
+
+    Raises:
+        ConfigurationError: without a loader both must be given; neither may be out of range.
+    """
+    if expected_batch_size is not None and not (math.isfinite(expected_batch_size) and expected_batch_size > 0):
+        raise ConfigurationError(f"expected_batch_size={expected_batch_size} must be positive and finite.")
+    if loader is not None:
+        return loader.sample_rate, float(expected_batch_size or loader.expected_batch_size)
+    if sample_rate is None or expected_batch_size is None:
+        raise ConfigurationError(
+            "data_loader=None needs sample_rate and expected_batch_size of a logical batch: without a loader nothing else "
+            "says how batches are drawn."
+        )
+    if not 0 < sample_rate <= 1:
+        raise ConfigurationError(
+            f"sample_rate={sample_rate} must lie in (0, 1]: the probability of each record for a step."
+        )
+    if accumulation_steps != 1:
+        raise ConfigurationError(
+            f"accumulation_steps={accumulation_steps} needs a data_loader that splits its draws; with data_loader=None give "
+            f"the rate and size of the whole logical batch."
+        )
+    return float(sample_rate), float(expected_batch_size)
+
+
+def planned_releases(
+    loader: DPDataLoader[Any] | None, rate: float, *, epochs: float | None, total_steps: int | None
+) -> tuple[float, int]:
+    """The sample rate of a release and how many a training of that length makes.
+
+    Raises:
+        ConfigurationError: not exactly one of ``epochs`` and ``total_steps``, or not positive.
+    """
+    if (epochs is None) == (total_steps is None):
+        raise ConfigurationError(f"epochs={epochs}, total_steps={total_steps}: give exactly one of them.")
+    length = epochs if total_steps is None else total_steps
+    if length is None or not (math.isfinite(length) and length > 0):
+        raise ConfigurationError(f"{'epochs' if total_steps is None else 'total_steps'}={length} must be positive.")
+    per_epoch = 1 / rate if loader is None else loader.steps_per_epoch
+    if loader is None or loader.poisson_sampling:
+        return rate, math.ceil(length * per_epoch) if total_steps is None else int(length)
+    # Without Poisson sampling a pass is one release of rate 1, however many steps it has.
+    return 1.0, math.ceil(length if total_steps is None else length / per_epoch)
+
+
+def clip_function(
+    clipping: str | ClipFunction,
+    max_grad_norm: float | Sequence[float],
+    *,
+    parameters: int,
+    expected_batch_size: float,
+    noise_multiplier: float,
+) -> ClipFunction:
+    """The clip function for a name, or the one that was given.
+
+    Raises:
+        ConfigurationError: an unknown name, a bound that is not positive, or a list where one number is needed.
+    """
+    function = clipping if isinstance(clipping, ClipFunction) else _named(clipping, max_grad_norm, parameters)
+    function.check(parameters)
+    if isinstance(function, AdaptiveClipping):
+        function.configure(expected_batch_size=expected_batch_size, noise_multiplier=noise_multiplier)
+    return function
+
+
+def _named(clipping: str, max_grad_norm: float | Sequence[float], parameters: int) -> ClipFunction:
+    choose("clipping", clipping, _CLIPPINGS)
+    if clipping == "per_layer":
+        single = isinstance(max_grad_norm, (int, float))
+        return PerLayerClipping([max_grad_norm] * parameters if single else max_grad_norm)  # type: ignore[list-item, arg-type]
+    if not isinstance(max_grad_norm, (int, float)):
+        raise ConfigurationError(
+            f"max_grad_norm={max_grad_norm!r} with clipping={clipping!r}: one number is needed; a list goes with "
+            f"clipping='per_layer'."
+        )
+    types: dict[str, Callable[[float], ClipFunction]] = {
+        "flat": FlatClipping, "automatic": AutomaticClipping, "adaptive": AdaptiveClipping
+    }  # fmt: skip
+    return types[clipping](max_grad_norm)

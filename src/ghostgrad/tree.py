@@ -1,0 +1,60 @@
+"""Tensors inside whatever a model takes or returns: tuples, named tuples, lists, mappings, dataclasses, nested."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections.abc import Callable, Mapping, MutableMapping
+from typing import Any
+
+from torch import Tensor
+
+
+def map_tensors(function: Callable[[Tensor], Any], tree: Any) -> Any:
+    """A copy of ``tree`` with ``function`` applied to every tensor; what holds no tensors is kept as it is.
+
+    >>> import torch
+    >>> map_tensors(lambda t: t.shape[0], {"a": torch.zeros(2), "b": ("text", [torch.zeros(3)])})
+    {'a': 2, 'b': ('text', [3])}
+    """
+    if isinstance(tree, Tensor):
+        return function(tree)
+    if isinstance(tree, tuple):
+        items = [map_tensors(function, item) for item in tree]
+        return type(tree)(*items) if hasattr(tree, "_fields") else type(tree)(items)
+    if isinstance(tree, list):
+        return type(tree)(map_tensors(function, item) for item in tree)
+    if dataclasses.is_dataclass(tree) and not isinstance(tree, type):
+        return _map_dataclass(function, tree)
+    if isinstance(tree, MutableMapping):
+        new = copy.copy(tree)
+        for key, value in tree.items():
+            new[key] = map_tensors(function, value)
+        return new
+    if isinstance(tree, Mapping):
+        return {key: map_tensors(function, value) for key, value in tree.items()}
+    return tree
+
+
+def _map_dataclass(function: Callable[[Tensor], Any], tree: Any) -> Any:
+    new = copy.copy(tree)
+    for entry in dataclasses.fields(tree):
+        value = getattr(tree, entry.name, None)
+        mapped = map_tensors(function, value)
+        if mapped is not value:
+            # A frozen dataclass refuses setattr on the copy too; one that is also a mapping must see its own setattr.
+            frozen = tree.__dataclass_params__.frozen
+            object.__setattr__(new, entry.name, mapped) if frozen else setattr(new, entry.name, mapped)
+    return new
+
+
+def tensors(tree: Any) -> list[Tensor]:
+    """Every tensor in ``tree``, in the order `map_tensors` visits them."""
+    found: list[Tensor] = []
+
+    def note(tensor: Tensor) -> Tensor:
+        found.append(tensor)
+        return tensor
+
+    map_tensors(note, tree)
+    return found
