@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,41 +26,32 @@ _MOST_NODES = 10_000
 _BOUNDARY = "BoundaryBackward"
 
 
-class Listener(Protocol):
-    """Is told of a backward before it starts."""
-
-    def before_backward(self, losses: Sequence[Tensor]) -> None:
-        """May raise to keep the backward from running."""
-
-
 class _Watch:
-    """Wraps `torch.autograd.backward` as long as anybody listens."""
+    """Wraps `torch.autograd.backward` as long as anybody needs it."""
 
     def __init__(self) -> None:
         self.original = torch.autograd.backward
         self.depth = 0
-        self._listeners: list[Listener] = []
+        self._users = 0
 
-    def add(self, listener: Listener) -> None:
-        """Start to listen."""
-        if not self._listeners:
+    def start(self) -> None:
+        """One more model is private."""
+        if not self._users:
             self.original = torch.autograd.backward
             torch.autograd.backward = self._wrapper()
-        self._listeners.append(listener)
+        self._users += 1
 
-    def remove(self, listener: Listener) -> None:
-        """Stop to listen; the last one to leave takes the wrapper off."""
-        if listener in self._listeners:
-            self._listeners.remove(listener)
-            if not self._listeners and getattr(torch.autograd.backward, "__wrapped__", None) is self.original:
-                torch.autograd.backward = self.original
+    def stop(self) -> None:
+        """One less; the last one takes the wrapper off."""
+        self._users -= 1
+        if not self._users and getattr(torch.autograd.backward, "__wrapped__", None) is self.original:
+            torch.autograd.backward = self.original
 
     def _wrapper(self) -> Any:
         @functools.wraps(self.original)
         def backward(tensors: Tensor | Sequence[Tensor], *args: Any, **options: Any) -> None:
-            losses = [tensors] if isinstance(tensors, Tensor) else list(tensors)
-            for listener in tuple(self._listeners):
-                listener.before_backward(losses)
+            if not self.depth:
+                check_losses([tensors] if isinstance(tensors, Tensor) else list(tensors))
             self.depth += 1
             try:
                 self.original(tensors, *args, **options)
@@ -73,7 +64,7 @@ class _Watch:
 watch = _Watch()
 
 
-def check_losses(losses: Sequence[Tensor], loss_reduction: str) -> None:
+def check_losses(losses: Sequence[Tensor]) -> None:
     """Check the losses that a backward starts from, where they lead to a private model.
 
     Raises:
@@ -81,26 +72,35 @@ def check_losses(losses: Sequence[Tensor], loss_reduction: str) -> None:
     """
     for loss in losses:
         nodes = list(_nodes(loss))
-        if any(following.name() == _BOUNDARY for node in nodes for following, _ in node.next_functions if following):
-            _check_reduction(loss, loss_reduction)
+        boundaries = [node for node in nodes if node.name() == _BOUNDARY]
+        if boundaries:
+            for boundary in boundaries:
+                _check_reduction(loss, boundary.loss_reduction)
             for node in nodes:
                 _check_normaliser(node)
 
 
 def _nodes(loss: Tensor) -> Iterator[Any]:
-    """The graph's nodes from the loss down to the model's boundary."""
+    """The graph's nodes from the loss down to the boundaries of private models, these included."""
     seen: set[Any] = set()
     todo: list[Any] = [loss.grad_fn]
     while todo and len(seen) < _MOST_NODES:
         node = todo.pop()
-        if node is None or node in seen or node.name() == _BOUNDARY:
+        if node is None or node in seen:
             continue
         seen.add(node)
-        todo.extend(following for following, _ in node.next_functions)
         yield node
+        if node.name() != _BOUNDARY:
+            todo.extend(following for following, _ in node.next_functions)
 
 
 def _check_normaliser(node: Any) -> None:
+    if node.name() == "DivBackward0" and not node._input_metadata[0].shape and not _is_python_number(node._saved_other):
+        raise PrivacyError(
+            "the loss, one number by then, is divided by a tensor, such as the number of counted tokens or the total weight "
+            "in the batch: one record rescales the gradients of all others, and clipping does not bound that. Divide within "
+            "each record, then take the mean over the records; divide by a constant as a Python number."
+        )
     if not node.name().startswith("NllLoss") or node._saved_reduction != _MEAN:
         return
     if node._saved_weight is not None:
@@ -115,6 +115,12 @@ def _check_normaliser(node: Any) -> None:
             f"by their number in the batch, so one record rescales the gradients of all others and clipping does not bound "
             f"it. Take reduction='none', the mean within each record, then the mean over the records."
         )
+
+
+def _is_python_number(operand: Tensor) -> bool:
+    """Whether an operand was written as a number: torch lets such a one not widen another scalar's type."""
+    narrow = torch.zeros((), dtype=torch.float16 if operand.is_floating_point() else torch.int8)
+    return torch.result_type(operand, narrow) == narrow.dtype
 
 
 def _check_reduction(loss: Tensor, loss_reduction: str) -> None:

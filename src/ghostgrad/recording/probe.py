@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-Listener = Callable[[tuple[Tensor, ...], tuple[Tensor | None, ...]], None]
-"""Is told the kept tensors and the gradients of the outputs when a probe fires."""
+Listener = Callable[[Callable[[], tuple[Tensor, ...]], tuple[Tensor | None, ...]], None]
+"""Is given the kept tensors, on demand, and the gradients of the outputs when a probe fires."""
 
 
 class Probe(torch.autograd.Function):
@@ -35,7 +35,7 @@ class Probe(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor | None) -> Any:
         if any(grad is not None for grad in grads):
-            ctx.listener(ctx.saved_tensors, grads)
+            ctx.listener(lambda: ctx.saved_tensors, grads)
         return (None, None, None, *grads, *[None] * ctx.others)
 
 
@@ -46,8 +46,11 @@ class Boundary(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, backward: Callable[..., Any], anchor: Tensor, inputs: int, *tensors: Tensor) -> Any:
+    def forward(
+        ctx: Any, backward: Callable[..., Any], loss_reduction: str, anchor: Tensor, inputs: int, *tensors: Tensor
+    ) -> Any:
         # The anchor requires grad, so the outputs do, also where no input does.
+        ctx.loss_reduction = loss_reduction
         ctx.run, ctx.inputs, ctx.others = backward, inputs, len(tensors) - inputs
         ctx.set_materialize_grads(False)
         return tuple(out.detach() for out in tensors[inputs:])
@@ -55,4 +58,4 @@ class Boundary(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor | None) -> Any:
-        return (None, None, None, *ctx.run(grads), *[None] * ctx.others)
+        return (None, None, None, None, *ctx.run(grads), *[None] * ctx.others)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ from ghostgrad.gradients import Use
 from ghostgrad.layers import Call, Rows, Rule, find_rule, generic
 from ghostgrad.recording import proofs
 from ghostgrad.recording.hooks import Hook
-from ghostgrad.recording.losses import check_losses, watch
+from ghostgrad.recording.losses import watch
 from ghostgrad.recording.probe import Boundary, Probe
 from ghostgrad.recording.rows import count_records, no_rows, one_row_of_zeros
 from ghostgrad.recording.tape import Delivery, Tape
@@ -117,11 +118,12 @@ class Recorder:
                 self._watch(path or type(module).__name__, module)
         leave = self.root.register_forward_hook(Hook(self._leave_root), with_kwargs=True, always_call=True)
         self._handles.append(leave)
-        watch.add(self)
+        watch.start()
+        self._stop_watching = weakref.finalize(self, watch.stop)
 
     def detach(self) -> None:
         """Take all hooks away."""
-        watch.remove(self)
+        self._stop_watching()
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
@@ -186,7 +188,7 @@ class Recorder:
             return self._backward(tape, grads)
 
         passed = Boundary.apply(  # type: ignore[no-untyped-call]
-            run, anchor, len(originals), *originals, *detached
+            run, self.loss_reduction, anchor, len(originals), *originals, *detached
         )
         new = iter(passed)
         return map_tensors(lambda t: next(new) if any(t is leaf for leaf in leaves) else t, output)
@@ -240,9 +242,12 @@ class Recorder:
         tape.calls.update(parameters.values())
         others = [None if isinstance(leaf, Tensor) else leaf for leaf in leaves]
 
-        def fired(kept: tuple[Tensor, ...], grads: tuple[Tensor | None, ...]) -> None:
+        def fired(kept: Callable[[], tuple[Tensor, ...]], grads: tuple[Tensor | None, ...]) -> None:
+            self._check_within(tape, path)
+            if self._phase is Phase.PASS:
+                return
             filled = list(others)
-            for i, tensor in zip(places, kept, strict=True):
+            for i, tensor in zip(places, kept(), strict=True):
                 filled[i] = tensor
             call_args, call_kwargs = tree_unflatten(filled, spec)
             call = Call(module, path, parameters, call_args, call_kwargs, grads, copies, rows)
@@ -261,14 +266,14 @@ class Recorder:
 
     # ------------------------------------------------------------------ backward
 
-    def _fired(self, tape: Tape, rule: Rule, call: Call) -> None:
+    def _check_within(self, tape: Tape, path: str) -> None:
         if self._tape is not tape:
             raise PrivacyError(
-                f"{call.path}: a gradient entered the model other than through what its forward returned (a loss on a value "
+                f"{path}: a gradient entered the model other than through what its forward returned (a loss on a value "
                 f"that a module kept, such as an auxiliary loss). Return that value from the root's forward."
             )
-        if self._phase is Phase.PASS:
-            return
+
+    def _fired(self, tape: Tape, rule: Rule, call: Call) -> None:
         if self._phase is Phase.ISOLATION:
             assert self._keep is not None
             proofs.check_rows(call.grad_outputs, call.rows, self._keep)
@@ -285,11 +290,6 @@ class Recorder:
             routes[name] = self.sink.measure(parameter, uses[name], complete=complete)
         if routes and call.path not in self.observed:
             self.observed[call.path] = Observation(rule.name, routes)
-
-    def before_backward(self, losses: Sequence[Tensor]) -> None:
-        """Called before `torch.autograd.backward` starts from these."""
-        if self._tape is None:
-            check_losses(losses, self.loss_reduction)
 
     def _backward(self, tape: Tape, grads: tuple[Tensor | None, ...]) -> Sequence[Tensor | None]:
         """Answer the gradients of the root's outputs: measure every use now, add up when the outermost backward ends."""

@@ -1,0 +1,501 @@
+"""The first part of the traps: whatever the user does, leaving one record out moves the released sum by at most C."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ghostgrad import ConfigurationError, GhostgradError, PrivacyEngine, PrivacyError, UnsupportedModuleError
+
+C = 0.01
+MODES = ["hooks", "ghost", "bk", "functorch"]
+Loss = Callable[[nn.Module, Tensor, Tensor], Tensor]
+
+
+def released_sum(model: nn.Module, loss: Loss, x: Tensor, y: Tensor, mode: str, **options: object) -> Tensor:
+    """The noise-free sum of one step over the batch, through the public API."""
+    model = copy.deepcopy(model)
+    engine = PrivacyEngine(seed=0)
+    options = {"max_grad_norm": C, **options}
+    model, optimizer, _ = engine.make_private(
+        module=model, optimizer=torch.optim.SGD(model.parameters(), lr=0.1), data_loader=None, sample_rate=0.5,
+        expected_batch_size=1.0, noise_multiplier=0.0, grad_sample_mode=mode, **options,
+    )  # fmt: skip
+    if len(x):
+        loss(model, x, y).backward()
+    optimizer.step()
+    return torch.cat([p.grad.double().flatten() for p in model.parameters() if p.grad is not None])
+
+
+def sensitivity(model: nn.Module, loss: Loss, x: Tensor, y: Tensor, mode: str, **options: object) -> float:
+    """The largest move of the sum over all records that could leave."""
+    whole = released_sum(model, loss, x, y, mode, **options)
+    moves = []
+    for i in range(len(x)):
+        rest = torch.arange(len(x)) != i
+        moves.append((whole - released_sum(model, loss, x[rest], y[rest], mode, **options)).norm().item())
+    return max(moves)
+
+
+def classifier() -> tuple[nn.Module, Tensor, Tensor]:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(5, 8), nn.ReLU(), nn.Linear(8, 3)).double()
+    return model, 3 * torch.randn(6, 5, dtype=torch.float64), torch.tensor([0, 1, 2, 0, 1, 2])
+
+
+def cross_entropy(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+    return F.cross_entropy(model(x), y)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_plain_loss_without_a_criterion_is_clipped(mode: str) -> None:
+    model, x, y = classifier()
+    reached = sensitivity(model, cross_entropy, x, y, mode)
+    assert 0.9 * C < reached <= C * (1 + 1e-6)
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("function", [F.mse_loss, F.binary_cross_entropy_with_logits, F.l1_loss])
+def test_losses_of_one_column_are_clipped(mode: str, function: Callable[[Tensor, Tensor], Tensor]) -> None:
+    torch.manual_seed(0)
+    model = nn.Linear(5, 1).double()
+    x, y = 100 * torch.randn(6, 5, dtype=torch.float64), torch.rand(6, 1, dtype=torch.float64)
+    reached = sensitivity(model, lambda m, x, y: function(m(x), y), x, y, mode)
+    assert 0.9 * C < reached <= C * (1 + 1e-6)
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_bound_holds_in_low_precision(mode: str, dtype: torch.dtype) -> None:
+    """One record against the empty batch, where rounding up would show."""
+    model, x, y = classifier()
+    model, x = model.to(dtype), x.to(dtype)
+    for i in range(len(x)):
+        contribution = released_sum(model, cross_entropy, x[i : i + 1], y[i : i + 1], mode).norm().item()
+        assert 0.98 * C < contribution <= C * (1 + 1e-6)
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("clipping", ["per_layer", "automatic", "adaptive"])
+def test_every_clip_function_states_its_sensitivity(mode: str, clipping: str) -> None:
+    model, x, y = classifier()
+    parameters = len(list(model.parameters()))
+    bound = C * parameters**0.5 if clipping == "per_layer" else C
+    reached = sensitivity(model, cross_entropy, x, y, mode, clipping=clipping)
+    assert 0.3 * bound < reached <= bound * (1 + 1e-6)
+
+
+def test_per_layer_noise_is_scaled_to_the_root_of_the_sum_of_squares() -> None:
+    model, _, _ = classifier()
+    bounds = [0.1, 0.2, 0.3, 0.4]
+    engine = PrivacyEngine(seed=0)
+    _, optimizer, _ = engine.make_private(
+        module=model, optimizer=torch.optim.SGD(model.parameters(), lr=0.1), data_loader=None, sample_rate=0.5,
+        expected_batch_size=1.0, noise_multiplier=0.0, max_grad_norm=bounds, clipping="per_layer",
+    )  # fmt: skip
+    assert optimizer.clip_function.sensitivity == pytest.approx(sum(b * b for b in bounds) ** 0.5)
+
+
+# ---------------------------------------------------------------------- uses outside the module's call
+
+
+class TiedByHand(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(7, 4)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return F.linear(self.embedding(ids).mean(1), self.embedding.weight)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_weight_used_outside_its_modules_call_is_refused(mode: str) -> None:
+    torch.manual_seed(0)
+    model, ids, y = TiedByHand(), torch.randint(7, (4, 3)), torch.randint(7, (4,))
+    with pytest.raises(PrivacyError, match=r"embedding\.weight"):
+        released_sum(model, cross_entropy, ids, y, mode)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_weight_penalty_in_the_loss_is_refused(mode: str) -> None:
+    model, x, y = classifier()
+
+    def penalised(m: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+        return F.cross_entropy(m(x), y) + m[0].weight.square().sum()
+
+    with pytest.raises(PrivacyError, match=r"0\.weight.*weight_decay"):
+        released_sum(model, penalised, x, y, mode)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_calling_only_parts_of_the_model_is_refused(mode: str) -> None:
+    model, x, y = classifier()
+
+    def parts(m: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+        return F.cross_entropy(m[2](m[1](m[0](x))), y)
+
+    with pytest.raises(PrivacyError):
+        released_sum(model, parts, x, y, mode)
+
+
+class Auxiliary(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(5, 3).double()
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = self.linear(x)
+        self.kept = out.square().mean()
+        return out
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_loss_on_a_value_that_the_model_kept_is_refused(mode: str) -> None:
+    _, x, y = classifier()
+    with pytest.raises(PrivacyError, match="auxiliary"):
+        released_sum(Auxiliary(), lambda m, x, y: F.cross_entropy(m(x), y) + m.kept, x, y, mode)
+
+
+# ---------------------------------------------------------------------- rows that are not records
+
+
+class Folded(nn.Module):
+    """Runs its layers on [B * T, F]: the rows of the layers are not the records."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(4, 6).double(), nn.Linear(6, 2).double()
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows = self.second(self.first(x.reshape(-1, 4)).tanh())
+        return rows.reshape(x.shape[0], -1, 2).sum(1)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_folded_rows_are_clipped_by_record(mode: str) -> None:
+    torch.manual_seed(0)
+    x, y = 3 * torch.randn(5, 50, 4, dtype=torch.float64), torch.randint(2, (5,))
+    reached = sensitivity(Folded(), cross_entropy, x, y, mode)
+    assert 0.9 * C < reached <= C * (1 + 1e-6)
+
+
+class TimeMajor(Folded):
+    def forward(self, x: Tensor) -> Tensor:
+        rows = self.second(self.first(x.transpose(0, 1).reshape(-1, 4)).tanh())
+        return rows.reshape(-1, x.shape[0], 2).sum(0)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_rows_in_another_order_than_the_records_are_refused(mode: str) -> None:
+    torch.manual_seed(0)
+    x, y = torch.randn(5, 5, 4, dtype=torch.float64), torch.randint(2, (5,))
+    with pytest.raises(PrivacyError, match="ordered by record"):
+        released_sum(TimeMajor(), cross_entropy, x, y, mode)
+
+
+# ---------------------------------------------------------------------- models that mix records
+
+
+class Mixing(nn.Module):
+    """A model with a hand-written way of letting records see each other."""
+
+    def __init__(self, mix: Callable[[nn.Module, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.mix = mix
+        self.first, self.second = nn.Linear(5, 8).double(), nn.Linear(8, 3).double()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.second(self.mix(self, self.first(x)))
+
+
+def centred(m: nn.Module, h: Tensor) -> Tensor:
+    return h - h.mean(0)
+
+
+def centred_detached(m: nn.Module, h: Tensor) -> Tensor:
+    return h - h.mean(0).detach()
+
+
+def centred_in_training(m: nn.Module, h: Tensor) -> Tensor:
+    return h - h.mean(0) if m.training else h
+
+
+def in_batch_attention(m: nn.Module, h: Tensor) -> Tensor:
+    return torch.softmax(h @ h.T, 1) @ h
+
+
+def capacity(m: nn.Module, h: Tensor) -> Tensor:
+    """An expert that takes the first two records that ask for it and drops the rest."""
+    wants = h[:, 0] > h[:, 0].min() - 1
+    return torch.where(((wants.cumsum(0) <= 2) & wants).unsqueeze(1), h, torch.zeros_like(h))
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize(
+    "mix", [centred, centred_detached, centred_in_training, in_batch_attention, capacity], ids=lambda f: f.__name__
+)
+def test_models_that_mix_records_are_refused(mode: str, mix: Callable[[nn.Module, Tensor], Tensor]) -> None:
+    _, x, y = classifier()
+    with pytest.raises(PrivacyError):
+        released_sum(Mixing(mix), cross_entropy, x, y, mode)
+
+
+@pytest.mark.parametrize("frozen", [True, False])
+@pytest.mark.parametrize("affine", [True, False])
+def test_batch_norm_in_training_mode_is_refused_and_in_eval_mode_is_not(frozen: bool, affine: bool) -> None:
+    _, x, y = classifier()
+    norm = nn.BatchNorm1d(8, affine=affine).double().requires_grad_(not frozen)
+    model = nn.Sequential(nn.Linear(5, 8).double(), norm, nn.Linear(8, 3).double())
+    with pytest.raises(PrivacyError, match="1: BatchNorm1d"):
+        released_sum(model, cross_entropy, x, y, "bk")
+    norm.eval()
+    assert sensitivity(model, cross_entropy, x, y, "bk") <= C * (1 + 1e-6)
+
+
+def test_model_train_does_not_silently_undo_a_batch_norm_in_eval_mode() -> None:
+    _, x, y = classifier()
+    norm = nn.BatchNorm1d(8).double().eval()
+    model = nn.Sequential(nn.Linear(5, 8).double(), norm, nn.Linear(8, 3).double())
+
+    def after_train(m: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+        m.train()
+        return cross_entropy(m, x, y)
+
+    with pytest.raises(PrivacyError, match="1: BatchNorm1d"):
+        released_sum(model, after_train, x, y, "bk")
+
+
+# ---------------------------------------------------------------------- losses that are normalised over the batch
+
+
+def class_weighted(m: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+    return F.cross_entropy(m(x), y, weight=torch.tensor([1.0, 5.0, 20.0], dtype=torch.float64))
+
+
+def ignoring(m: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+    return F.cross_entropy(m(x), torch.where(y == 2, -100, y))
+
+
+def masked_by_hand(m: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+    mask = (y != 2).double()
+    return (F.cross_entropy(m(x), y, reduction="none") * mask).sum() / mask.sum()
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("loss", [class_weighted, ignoring, masked_by_hand], ids=lambda f: f.__name__)
+def test_a_divisor_that_depends_on_the_batch_is_refused(mode: str, loss: Loss) -> None:
+    model, x, y = classifier()
+    with pytest.raises(PrivacyError, match="in the batch|of the batch"):
+        released_sum(model, loss, x, y, mode)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_class_weights_with_a_sum_are_bounded(mode: str) -> None:
+    model, x, y = classifier()
+    weight = torch.tensor([1.0, 5.0, 20.0], dtype=torch.float64)
+
+    def loss(m: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+        return F.cross_entropy(m(x), y, weight=weight, reduction="sum")
+
+    assert sensitivity(model, loss, x, y, mode, loss_reduction="sum") <= C * (1 + 1e-6)
+
+
+@pytest.mark.parametrize(("declared", "actual"), [("mean", "sum"), ("sum", "mean")])
+def test_another_reduction_than_the_declared_one_is_refused(declared: str, actual: str) -> None:
+    model, x, y = classifier()
+    with pytest.raises(PrivacyError, match=f"loss_reduction={actual!r}"):
+        released_sum(model, lambda m, x, y: F.cross_entropy(m(x), y, reduction=actual), x, y, "bk", loss_reduction=declared)
+
+
+@pytest.mark.parametrize(
+    "mean",
+    [
+        lambda each, n: each.sum() / n,
+        lambda each, n: each.mean(),
+        lambda each, n: each.sum() / float(n) / 4,
+        lambda each, n: (each / torch.full((n,), 2.0)).mean(),
+    ],
+)
+def test_a_mean_by_hand_is_bounded(mean: Callable[[Tensor, int], Tensor]) -> None:
+    model, x, y = classifier()
+
+    def loss(m: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+        return mean(F.cross_entropy(m(x), y, reduction="none"), len(x))
+
+    assert 0.9 * C < sensitivity(model, loss, x, y, "bk") <= C * (1 + 1e-6)
+
+
+def test_a_passed_criterion_that_is_normalised_over_the_batch_is_refused() -> None:
+    model, x, y = classifier()
+
+    def masked_mean(out: Tensor, y: Tensor) -> Tensor:
+        weights = 1.0 + y.double()
+        return (F.cross_entropy(out, y, reduction="none") * weights).sum() / weights.sum().item()
+
+    engine = PrivacyEngine(seed=0)
+    model, _, criterion, _ = engine.make_private(
+        module=model, optimizer=torch.optim.SGD(model.parameters(), lr=0.1), data_loader=None, sample_rate=0.5,
+        expected_batch_size=1.0, noise_multiplier=0.0, max_grad_norm=C, criterion=masked_mean,
+    )  # fmt: skip
+    with pytest.raises(PrivacyError, match="taken apart"):
+        criterion(model(x), y)
+
+
+def test_a_criterion_that_can_be_seen_to_be_wrong_is_refused_at_once() -> None:
+    model, _, _ = classifier()
+    for criterion, complaint in [
+        (nn.CrossEntropyLoss(weight=torch.ones(3)), "class weights"),
+        (nn.MSELoss(reduction="sum"), "reduction='sum'"),
+        ("cross_entropy", "not callable"),
+    ]:
+        with pytest.raises(ConfigurationError, match=complaint):
+            PrivacyEngine().make_private(
+                module=model, optimizer=torch.optim.SGD(model.parameters(), lr=0.1), data_loader=None, sample_rate=0.5,
+                expected_batch_size=1.0, noise_multiplier=1.0, max_grad_norm=C, criterion=criterion,
+            )  # fmt: skip
+
+
+def test_a_loss_computed_inside_the_model_is_refused() -> None:
+    class Inside(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(5, 3).double()
+
+        def forward(self, x: Tensor, y: Tensor) -> Tensor:
+            return F.cross_entropy(self.linear(x), y)
+
+    _, x, y = classifier()
+    with pytest.raises(UnsupportedModuleError, match="compute the loss outside"):
+        released_sum(Inside(), lambda m, x, y: m(x, y), x, y, "ghost")
+
+
+# ---------------------------------------------------------------------- records that are not finite
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), 1e200])
+def test_a_record_that_is_not_finite_leaves_the_step_as_if_it_were_absent(mode: str, bad: float) -> None:
+    model, x, y = classifier()
+    rest = torch.arange(len(x)) != 3
+    x[3, 2] = bad
+    with_it = released_sum(model, cross_entropy, x, y, mode)
+    without = released_sum(model, cross_entropy, x[rest], y[rest], mode)
+    assert (with_it - without).norm() <= C * (1 + 1e-6)
+    if bad != 1e200:
+        torch.testing.assert_close(with_it, without, rtol=1e-12, atol=1e-15)
+
+
+# ---------------------------------------------------------------------- the step takes nothing else
+
+
+@pytest.fixture
+def private() -> tuple[nn.Module, torch.optim.Optimizer, torch.optim.Optimizer, Tensor, Tensor]:
+    model, x, y = classifier()
+    original = torch.optim.SGD(model.parameters(), lr=0.1)
+    engine = PrivacyEngine(seed=0)
+    model, optimizer, _ = engine.make_private(
+        module=model, optimizer=original, data_loader=None, sample_rate=0.5, expected_batch_size=1.0,
+        noise_multiplier=0.0, max_grad_norm=C,
+    )  # fmt: skip
+    return model, optimizer, original, x, y
+
+
+def test_the_original_optimizer_is_fused_shut(private: tuple) -> None:
+    model, _, original, x, y = private
+    cross_entropy(model, x, y).backward()
+    with pytest.raises(PrivacyError, match="made private"):
+        original.step()
+
+
+def test_a_gradient_from_an_eval_mode_backward_is_refused(private: tuple) -> None:
+    model, optimizer, _, x, y = private
+    cross_entropy(model.eval(), x, y).backward()
+    with pytest.raises(PrivacyError, match="did not produce"):
+        optimizer.step()
+    optimizer.zero_grad()
+    cross_entropy(model.train(), x, y).backward()
+    optimizer.step()
+
+
+def test_a_gradient_set_by_hand_is_refused(private: tuple) -> None:
+    model, optimizer, _, x, y = private
+    cross_entropy(model, x, y).backward()
+    next(model.parameters()).grad = torch.ones_like(next(model.parameters()))
+    with pytest.raises(PrivacyError, match="did not produce"):
+        optimizer.step()
+
+
+def test_clip_grad_norm_between_backward_and_step_changes_nothing(private: tuple) -> None:
+    model, optimizer, _, x, y = private
+    cross_entropy(model, x, y).backward()
+    assert all(p.grad is None for p in model.parameters())
+    nn.utils.clip_grad_norm_(model.parameters(), 1e-9)
+    optimizer.step()
+    norm = torch.cat([p.grad.flatten() for p in model.parameters()]).norm()
+    assert norm > 0.5 * C
+
+
+def test_two_backwards_through_one_forward_are_refused(private: tuple) -> None:
+    model, _, _, x, y = private
+    loss = cross_entropy(model, x, y)
+    loss.backward(retain_graph=True)
+    with pytest.raises(PrivacyError, match="second backward"):
+        loss.backward()
+
+
+def test_a_grad_scaler_is_refused(private: tuple) -> None:
+    model, optimizer, _, x, y = private
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    scaler.scale(cross_entropy(model, x, y)).backward()
+    with pytest.raises(PrivacyError, match="GradScaler"):
+        scaler.step(optimizer)
+
+
+def test_a_layer_unfrozen_later_is_clipped_with_the_rest() -> None:
+    model, x, y = classifier()
+    model[0].requires_grad_(False)
+
+    def unfreeze(m: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+        m.requires_grad_(True)
+        return cross_entropy(m, x, y)
+
+    for mode in MODES:
+        assert 0.9 * C < released_sum(model, unfreeze, x[:1], y[:1], mode).norm().item() <= C * (1 + 1e-6)
+
+
+def test_freezing_a_layer_later_takes_it_out_of_the_step(private: tuple) -> None:
+    model, optimizer, _, x, y = private
+    model[0].requires_grad_(False)
+    before = model[0].weight.clone()
+    cross_entropy(model, x, y).backward()
+    optimizer.step()
+    assert torch.equal(model[0].weight, before)
+    assert model[2].weight.grad.norm() > 0
+
+
+@pytest.mark.parametrize("what", ["max_grad_norm"])
+def test_the_bound_cannot_change_inside_a_logical_batch(what: str) -> None:
+    from torch.utils.data import DataLoader, TensorDataset
+
+    model, x, y = classifier()
+    model, optimizer, loader = PrivacyEngine(seed=0).make_private(
+        module=model, optimizer=torch.optim.SGD(model.parameters(), lr=0.1), noise_multiplier=0.0, max_grad_norm=C,
+        data_loader=DataLoader(TensorDataset(x, y), batch_size=6),
+    )  # fmt: skip
+    for xb, yb in loader:
+        cross_entropy(model, xb, yb).backward()
+        with pytest.raises(PrivacyError, match="while a logical batch"):
+            optimizer.max_grad_norm = 1.0
+        optimizer.step()
+        optimizer.max_grad_norm = 1.0
+        optimizer.zero_grad()
+
+
+def test_refusals_are_of_one_family() -> None:
+    assert issubclass(PrivacyError, GhostgradError)
+    assert issubclass(UnsupportedModuleError, GhostgradError)
