@@ -74,16 +74,26 @@ class IndexStream(Sampler[list[int]]):
     def __init__(self, pieces: Iterable[Delivery]) -> None:
         self._pieces = iter(pieces)
         self.pending: deque[Delivery] = deque()
+        self._untaken: deque[list[int]] = deque()
 
     def __iter__(self) -> Iterator[list[int]]:
         return self
 
     def __next__(self) -> list[int]:
-        for piece in self._pieces:
-            self.pending.append(piece)
-            if piece.indices:
-                return piece.indices
-        raise StopIteration
+        while not self._untaken:
+            if not self.look_ahead():
+                raise StopIteration
+        return self._untaken.popleft()
+
+    def look_ahead(self) -> bool:
+        """Draw one more piece, so that an empty one is found before torch is asked; ``False`` if there is none."""
+        piece = next(self._pieces, None)
+        if piece is None:
+            return False
+        self.pending.append(piece)
+        if piece.indices:
+            self._untaken.append(piece.indices)
+        return True
 
 
 class CurrentStream(Sampler[list[int]]):

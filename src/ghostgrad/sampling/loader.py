@@ -245,6 +245,8 @@ class DPDataLoader(DataLoader[T_co]):
                 yield batch
             if exhausted:
                 return
+            if not stream.pending and stream.look_ahead():
+                continue
             self._check_current(stream)
             try:
                 waiting.append(next(fetched))

@@ -55,7 +55,7 @@ class PoissonBatchSampler(Sampler[list[int]]):
         check_count("steps", steps)
         check_count("accumulation_steps", accumulation_steps)
         check_indices(records, None)
-        self._indices: Indices | None = None if isinstance(records, int) else np.array(records, dtype=np.int64)
+        self._indices: Indices | None = None if isinstance(records, int) else np.asarray(records).astype(np.int64)
         self.num_records: int = records if isinstance(records, int) else len(records)
         check_count("records", self.num_records)
         self.sample_rate = float(sample_rate)
