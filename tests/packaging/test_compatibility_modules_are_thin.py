@@ -30,7 +30,7 @@ PLACES = {
     "ghostgrad.validators.module_validator": ["ModuleValidator"],
     "ghostgrad.validators.errors": ["ShouldReplaceModuleError", "UnsupportedModuleError"],
     "ghostgrad.grad_sample": ["add_rule"],
-    "ghostgrad.layers": ["DPGRU", "DPLSTM", "DPMultiheadAttention", "DPRNN"],
+    "ghostgrad.layers": ["DPGRU", "DPLSTM", "DPRNN"],
     "ghostgrad.schedulers": ["ExponentialGradClip", "ExponentialNoise", "LambdaGradClip", "LambdaNoise", "StepNoise"],
 }
 
