@@ -17,6 +17,7 @@ from ghostgrad.clipping import AdaptiveClipping, AutomaticClipping, ClipFunction
 from ghostgrad.errors import ConfigurationError, PrivacyError, UnsupportedModuleError, choose
 from ghostgrad.keys import RunKey
 from ghostgrad.layers import find_rule
+from ghostgrad.optimizer import DPOptimizer
 from ghostgrad.recording import check_batch_norms
 from ghostgrad.sampling import DPDataLoader
 
@@ -30,13 +31,17 @@ _private: weakref.WeakSet[Any] = weakref.WeakSet()
 def claim(*objects: nn.Module | Optimizer) -> None:
     """Remember that these are private."""
     for thing in objects:
-        _private.add(thing)
+        _private.update(_parts(thing))
 
 
 def release(*objects: nn.Module | Optimizer) -> None:
     """They are no longer private."""
     for thing in objects:
-        _private.discard(thing)
+        _private.difference_update(_parts(thing))
+
+
+def _parts(thing: nn.Module | Optimizer) -> list[Any]:
+    return list(thing.modules()) if isinstance(thing, nn.Module) else [thing]
 
 
 def check_noise_multiplier(noise_multiplier: float | Callable[[int], float]) -> float:
@@ -105,7 +110,7 @@ def check_optimizer(optimizer: Optimizer, module: nn.Module) -> None:
     """
     if not isinstance(optimizer, Optimizer):
         raise ConfigurationError(f"optimizer is a {type(optimizer).__name__}; it must be a torch.optim.Optimizer.")
-    if optimizer in _private:
+    if optimizer in _private or isinstance(optimizer, DPOptimizer):
         raise ConfigurationError("the optimizer is private already; give the original one, after engine.detach().")
     closure = inspect.signature(type(optimizer).step).parameters.get("closure")
     if isinstance(optimizer, torch.optim.LBFGS) or (closure is not None and closure.default is inspect.Parameter.empty):

@@ -24,10 +24,15 @@ from ghostgrad.accounting.events import (
     event_from_json,
     event_to_json,
 )
+from ghostgrad.accounting.gdp import GaussianAccountant
 from ghostgrad.accounting.ledger import Ledger
+from ghostgrad.accounting.pld import PLDAccountant, PRVAccountant
 from ghostgrad.accounting.rdp import RDPAccountant
 
 register_accountant("rdp", RDPAccountant)
+register_accountant("pld", PLDAccountant)
+register_accountant("prv", PRVAccountant)
+register_accountant("gdp", GaussianAccountant)
 
 __all__ = [
     "Accountant",
@@ -38,9 +43,12 @@ __all__ = [
     "Event",
     "FixedSizeSampled",
     "Gaussian",
+    "GaussianAccountant",
     "Laplace",
     "Ledger",
     "Opaque",
+    "PLDAccountant",
+    "PRVAccountant",
     "PoissonSampled",
     "RDPAccountant",
     "Repeated",

@@ -21,14 +21,15 @@ class AccountingWarning(UserWarning):
 class Bounds:
     """``lower <= true epsilon <= upper`` at a delta. ``lower`` is 0 where a method has no lower bound.
 
-    >>> Bounds(lower=0.9, upper=1.0, delta=1e-5, neighbouring="add-or-remove-one").error
-    0.09999999999999998
+    >>> Bounds(lower=0.5, upper=1.0, delta=1e-5, neighbouring="add-or-remove-one", method="pld").error
+    0.5
     """
 
     lower: float
     upper: float
     delta: float
     neighbouring: str
+    method: str
 
     @property
     def error(self) -> float:
@@ -58,7 +59,7 @@ class Accountant(ABC):
 
     def get_bounds(self, delta: float) -> Bounds:
         """Return lower and upper bounds of the true epsilon; a method without a lower bound says 0."""
-        return Bounds(0.0, self.get_epsilon(delta), delta, self.neighbouring)
+        return Bounds(0.0, self.get_epsilon(delta), delta, self.neighbouring, self.mechanism)
 
     @property
     def neighbouring(self) -> str:

@@ -26,15 +26,16 @@ from ghostgrad.errors import ConfigurationError
 Array = NDArray[np.float64]
 
 
-def readable_others(ledger: Ledger) -> tuple[dict[Event, int], float]:
+def readable_others(ledger: Ledger, replace: bool = False) -> tuple[dict[Event, int], float]:
     """Events besides sampled Gaussians, restated for the ledger's neighbours, and the mass at infinite loss.
 
     A fixed-size sample turns the whole ledger to replace-one, where plain noise has half the effect; `Opaque` events
     are taken as stated for the ledger's own relation.
     """
     others, log_finite = ledger.others(), 0.0
-    replace = any(isinstance(event, FixedSizeSampled) for event in others)
-    if replace and ledger.sampled_gaussians():
+    fixed = any(isinstance(event, FixedSizeSampled) for event in others)
+    replace = replace or fixed
+    if fixed and ledger.sampled_gaussians():
         raise ConfigurationError(
             "the ledger mixes Poisson samples (add or remove one record) with fixed-size samples (replace one); "
             "use one kind of sampling for a run."

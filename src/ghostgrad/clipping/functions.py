@@ -46,7 +46,7 @@ class ClipFunction(ABC):
     def factors(self, sq_norms: Tensor) -> Tensor:
         """Factors [n, b] or [n, 1] from squared norms [n, b] in float64."""
 
-    def check(self, parameters: int) -> None:
+    def check(self, parameters: int) -> None:  # noqa: B027 (most functions take any number)
         """Refuse a number of parameters that the function was not made for."""
 
     def effective_noise_multiplier(self, noise_multiplier: float) -> float:
@@ -57,7 +57,9 @@ class ClipFunction(ABC):
         """What the function wants summed over the records of a logical batch, from norms [n, b] before clipping."""
         return 0.0
 
-    def update(self, *, statistic: float, expected_batch_size: float, noise_multiplier: float, noise: float) -> None:
+    def update(  # noqa: B027 (most functions stay as they are)
+        self, *, statistic: float, expected_batch_size: float, noise_multiplier: float, noise: float
+    ) -> None:
         """The logical step is over; ``noise`` is one standard Gaussian for what the function itself releases."""
 
 

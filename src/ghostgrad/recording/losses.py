@@ -68,12 +68,14 @@ def check_losses(losses: Sequence[Tensor]) -> None:
     """Check the losses that a backward starts from, where they lead to a private model.
 
     Raises:
-        PrivacyError: for a weighted mean, a mean over non-ignored targets, or a reduction other than the declared one.
+        PrivacyError: for a loss that is not a scalar, a weighted mean, a mean over non-ignored targets, or a reduction
+            other than the declared one.
     """
     for loss in losses:
         nodes = list(_nodes(loss))
         boundaries = [node for node in nodes if node.name() == _BOUNDARY]
         if boundaries:
+            _check_scalar(loss)
             for boundary in boundaries:
                 _check_reduction(loss, boundary.loss_reduction)
             for node in nodes:
@@ -92,6 +94,14 @@ def _nodes(loss: Tensor) -> Iterator[Any]:
         yield node
         if node.name() != _BOUNDARY:
             todo.extend(following for following, _ in node.next_functions)
+
+
+def _check_scalar(loss: Tensor) -> None:
+    if loss.numel() != 1:
+        raise PrivacyError(
+            f"the loss has shape {list(loss.shape)} and is not a scalar, so how it weighs the records is not known. Take the "
+            f"mean (or the sum, with loss_reduction='sum') of the records' losses before backward."
+        )
 
 
 def _check_normaliser(node: Any) -> None:

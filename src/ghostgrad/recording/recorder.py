@@ -22,7 +22,7 @@ from ghostgrad.recording.hooks import Hook
 from ghostgrad.recording.losses import watch
 from ghostgrad.recording.probe import Boundary, Probe
 from ghostgrad.recording.rows import count_records, no_rows, one_row_of_zeros
-from ghostgrad.recording.tape import Delivery, Tape
+from ghostgrad.recording.tape import Delivery, Recording, Tape
 from ghostgrad.tree import map_tensors, tensors
 
 _GENERIC = Rule("generic", generic, frozenset())
@@ -102,7 +102,8 @@ class Recorder:
         self._phase = Phase.MEASURE
         self._keep: Tensor | None = None
         self._paused = False
-        self._round: list[Tape] = []
+        self._round: list[Recording] = []
+        self._live: weakref.WeakSet[Tape] = weakref.WeakSet()
         self._round_task = -1
         self._open: list[list[nn.Parameter]] = []
         self._outer: list[Tape | None] = []
@@ -150,6 +151,7 @@ class Recorder:
         check_batch_norms(module)
         n = count_records(args, kwargs, batch_first=self.batch_first)
         tape = Tape(n, self.delivery() if self.delivery else None)
+        self._live.add(tape)
         if n == 0:
             self._tape = tape
             return one_row_of_zeros((args, kwargs), batch_first=self.batch_first)
@@ -179,13 +181,13 @@ class Recorder:
         leaves = [t for t in tensors(output) if t.is_floating_point() and (t.requires_grad or tape.n == 0)]
         if not leaves:
             return None
-        tape.outputs = leaves
+        recording = Recording(tape, leaves)
         anchor = torch.zeros((), requires_grad=True)
         originals = [original for original, _ in tape.inputs]
         detached = [leaf.detach() for leaf in leaves]
 
         def run(grads: tuple[Tensor | None, ...]) -> Sequence[Tensor | None]:
-            return self._backward(tape, grads)
+            return self._backward(recording, grads)
 
         passed = Boundary.apply(  # type: ignore[no-untyped-call]
             run, self.loss_reduction, anchor, len(originals), *originals, *detached
@@ -286,33 +288,34 @@ class Recorder:
                 self.sink.add(parameter, uses[name])
                 continue
             tape.calls[parameter] -= 1
-            complete = tape.calls[parameter] == 0 and len(self._round) == 1
+            complete = tape.calls[parameter] == 0 and len(self._live) == 1
             routes[name] = self.sink.measure(parameter, uses[name], complete=complete)
         if routes and call.path not in self.observed:
             self.observed[call.path] = Observation(rule.name, routes)
 
-    def _backward(self, tape: Tape, grads: tuple[Tensor | None, ...]) -> Sequence[Tensor | None]:
+    def _backward(self, recording: Recording, grads: tuple[Tensor | None, ...]) -> Sequence[Tensor | None]:
         """Answer the gradients of the root's outputs: measure every use now, add up when the outermost backward ends."""
+        tape = recording.tape
         if not watch.depth:
-            return self._pass_through(tape, grads)
+            return self._pass_through(recording, grads)
         if tape.done:
             raise PrivacyError(
                 "a second backward went through the same forward. Its records would be clipped twice and count twice. Add "
                 "the losses up and call backward once, or run the forward again on other records."
             )
         tape.done = True
-        self._join_round(tape)
+        self._join_round(recording)
         self._check_foreign_gradients()
         if tape.n:
-            self._measure(tape, grads)
+            self._measure(recording, grads)
         return self._take_input_grads(tape, self._scale(tape))
 
-    def _pass_through(self, tape: Tape, grads: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
+    def _pass_through(self, recording: Recording, grads: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
         """`torch.autograd.grad` wants gradients of the inputs only: hand them on and record nothing."""
-        if tape.n:
-            self._run(tape, Phase.PASS, grads, retain=True)
+        if recording.tape.n:
+            self._run(recording, Phase.PASS, grads, retain=True)
             self._check_foreign_gradients()
-        return self._take_input_grads(tape, 1.0)
+        return self._take_input_grads(recording.tape, 1.0)
 
     @staticmethod
     def _take_input_grads(tape: Tape, scale: float) -> list[Tensor | None]:
@@ -321,18 +324,19 @@ class Recorder:
             leaf.grad = None
         return found
 
-    def _join_round(self, tape: Tape) -> None:
+    def _join_round(self, recording: Recording) -> None:
         task = torch._C._current_graph_task_id()
         if task != self._round_task or not self._round:
             self._round, self._round_task = [], task
             self.sink.reset()
             Variable._execution_engine.queue_callback(self._finish)
-        self._round.append(tape)
+        self._round.append(recording)
 
     def _scale(self, tape: Tape) -> float:
         return float(tape.n) if self.loss_reduction == "mean" else 1.0
 
-    def _measure(self, tape: Tape, grads: tuple[Tensor | None, ...]) -> None:
+    def _measure(self, recording: Recording, grads: tuple[Tensor | None, ...]) -> None:
+        tape = recording.tape
         rows = Rows(tape.n, self.batch_first, type(self.root).__name__)
         for grad in grads:
             if grad is not None and rows.dim(grad) is None:
@@ -341,19 +345,19 @@ class Recorder:
                     f"{tape.n} records of the batch. A loss computed inside the model cannot be told apart by record: return "
                     f"the predictions and compute the loss outside."
                 )
-        tape.grads = [None if grad is None else grad * self._scale(tape) for grad in grads]
+        recording.grads = [None if grad is None else grad * self._scale(tape) for grad in grads]
         if tape.unproved and tape.n > 1:
             for keep in proofs.random_halves(tape.n):
                 self._keep = keep
-                self._run(tape, Phase.ISOLATION, proofs.mask_records(tape.grads, rows, keep), retain=True)
+                self._run(recording, Phase.ISOLATION, proofs.mask_records(recording.grads, rows, keep), retain=True)
             self._proved |= tape.unproved
             self._take_input_grads(tape, 1.0)
-        self._run(tape, Phase.MEASURE, tape.grads, retain=self.sink.two_passes)
+        self._run(recording, Phase.MEASURE, recording.grads, retain=self.sink.two_passes)
         self._check_foreign_gradients()
 
-    def _run(self, tape: Tape, phase: Phase, grads: Sequence[Tensor | None], *, retain: bool) -> None:
-        arrived = [(out, grad) for out, grad in zip(tape.outputs, grads, strict=True) if grad is not None]
-        outer, self._tape, self._phase = self._tape, tape, phase
+    def _run(self, recording: Recording, phase: Phase, grads: Sequence[Tensor | None], *, retain: bool) -> None:
+        arrived = [(out, grad) for out, grad in zip(recording.outputs, grads, strict=True) if grad is not None]
+        outer, self._tape, self._phase = self._tape, recording.tape, phase
         try:
             watch.original([out for out, _ in arrived], [grad for _, grad in arrived], retain_graph=retain)
         finally:
@@ -361,26 +365,28 @@ class Recorder:
 
     def _finish(self) -> None:
         """The outermost backward has ended: every use of every weight is known."""
-        tapes, self._round = self._round, []
+        recordings, self._round = self._round, []
+        tapes = [recording.tape for recording in recordings]
         try:
             self._check_foreign_gradients()
             self.sink.admit(tapes)
             sizes = {tape.n for tape in tapes}
             if len(sizes) > 1:
                 raise PrivacyError(
-                    f"one backward joined forwards of {sorted(sizes)} records. Row i of each forward is taken as record i, so "
-                    f"they must have the same records. Call backward once for each batch."
+                    f"one backward joined forwards of {sorted(sizes)} records. Row i of each forward is taken as record i, "
+                    f"so they must have the same records. Call backward once for each batch."
                 )
             if tapes[0].n:
                 self.sink.settle(tapes[0].n)
                 if self.sink.two_passes:
-                    for tape in tapes:
-                        self._run(tape, Phase.SUM, tape.grads, retain=False)
+                    for recording in recordings:
+                        self._run(recording, Phase.SUM, recording.grads, retain=False)
             self.sink.commit(tapes)
         finally:
             self.sink.reset()
-            for tape in tapes:
-                tape.outputs, tape.grads = [], []
+            for recording in recordings:
+                self._live.discard(recording.tape)
+                recording.outputs, recording.grads = [], []
 
     def _check_foreign_gradients(self) -> None:
         """Nothing but the clipper may produce a gradient of a parameter; while it works ``p.grad`` stays None."""

@@ -21,14 +21,12 @@ class Delivery(NamedTuple):
 
 @dataclass(eq=False)
 class Tape:
-    """One forward pass of the root module.
+    """One forward pass of the root module, as its probes know it. It holds nothing of the graph that holds the probes.
 
     Attributes:
         n: the records in it.
         delivery: which batch of the private loader it belongs to; None without such a loader.
         inputs: the root's inputs that require grad, and the leaves that stood in for them inside.
-        outputs: the root's outputs inside the graph, before the boundary.
-        grads: the gradients that arrived at them, scaled to be those of each record's own loss.
         calls: how many probes of each parameter have not fired yet.
         unproved: the layouts of calls that row isolation was not shown for yet.
         done: whether its backward ran; it can run once.
@@ -37,8 +35,21 @@ class Tape:
     n: int
     delivery: Delivery | None
     inputs: list[tuple[Tensor, Tensor]] = field(default_factory=list)
-    outputs: list[Tensor] = field(default_factory=list)
-    grads: list[Tensor | None] = field(default_factory=list)
     calls: Counter[nn.Parameter] = field(default_factory=Counter)
     unproved: set[object] = field(default_factory=set)
     done: bool = False
+
+
+@dataclass
+class Recording:
+    """A tape with the graph it was recorded on; held by the boundary, so it goes when the user lets go of the outputs.
+
+    Attributes:
+        tape: what the probes know.
+        outputs: the root's outputs inside the graph, before the boundary.
+        grads: the gradients that arrived at them, scaled to be those of each record's own loss.
+    """
+
+    tape: Tape
+    outputs: list[Tensor]
+    grads: list[Tensor | None] = field(default_factory=list)
