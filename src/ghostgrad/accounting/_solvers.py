@@ -1,0 +1,160 @@
+"""From a ledger to the exact method that suits it: closed form, contour inversion or convolution."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ghostgrad.accounting._closed_forms import ClosedForm, gaussian_form, sampled_form
+from ghostgrad.accounting._contour import Contour, Steps
+from ghostgrad.accounting._convolution import Composition, Convolution
+from ghostgrad.accounting._pairs import FixedSize, GaussianBase, LaplaceBase, Pair, ReplaceOne, ResponseBase, Sampled
+from ghostgrad.accounting.events import Event, FixedSizeSampled, Gaussian, Laplace, Opaque, PoissonSampled
+
+Array = NDArray[np.float64]
+
+SMALLEST_SIGMA = 0.05  # below, losses are in the hundreds per step and the Renyi bound is used
+_CONTOUR_PAIRS = 256
+_CONVOLUTION_PAIRS = 24
+
+
+@dataclass(frozen=True)
+class Releases:
+    """A ledger sorted by kind: sampled Gaussians ``{(rate, sigma): times}``, the summed precision of plain ones, others."""
+
+    sampled: Mapping[tuple[float, float], int]
+    precision: float
+    others: Mapping[Event, int]
+    replace: bool
+
+    @property
+    def noiseless(self) -> bool:
+        """Whether something was released without noise."""
+        return (
+            math.isinf(self.precision)
+            or any(
+                (isinstance(e, FixedSizeSampled) and isinstance(e.event, Gaussian) and e.event.sigma == 0.0)
+                for e in self.others
+            )
+            or any(sigma == 0.0 for _, sigma in self.sampled)
+        )
+
+    @property
+    def empty(self) -> bool:
+        """Whether nothing was released."""
+        return not self.sampled and not self.others and self.precision == 0.0
+
+
+def sort_releases(sampled: Mapping[tuple[float, float], int], others: Mapping[Event, int], replace: bool) -> Releases:
+    """Merge plain Gaussians into one precision."""
+    precision = 0.0
+    rest: dict[Event, int] = {}
+    for event, count in others.items():
+        if isinstance(event, Gaussian):
+            precision += count / event.sigma**2 if event.sigma > 0.0 else math.inf
+        elif not (isinstance(event, Opaque) and event.epsilon == 0.0):
+            rest[event] = count
+    return Releases(dict(sorted(sampled.items())), precision, rest, replace)
+
+
+def closed_form(releases: Releases) -> ClosedForm | None:
+    """The exact curve, where there is one."""
+    if releases.others:
+        return None
+    if not releases.sampled:
+        return gaussian_form(math.sqrt(releases.precision))
+    if len(releases.sampled) == 1 and releases.precision == 0.0 and not releases.replace:
+        ((rate, sigma), count) = next(iter(releases.sampled.items()))
+        if count == 1 and sigma >= 1e-3:
+            return sampled_form(rate, sigma)
+    return None
+
+
+def contour(releases: Releases, rounding_up: bool = True) -> Contour | None:
+    """Contour inversion; for Poisson-sampled and plain Gaussians under adding or removing a record."""
+    if releases.others or releases.replace or not releases.sampled:
+        return None
+    table = _bucketed(releases.sampled, _CONTOUR_PAIRS, rounding_up)
+    return Contour(Steps(table[:, 0], table[:, 1], table[:, 2], releases.precision))
+
+
+def exact_pairs(releases: Releases) -> bool:
+    """Whether `contour` rounds nothing."""
+    return len(releases.sampled) <= _CONTOUR_PAIRS
+
+
+def convolution(releases: Releases, tolerance: float) -> Convolution | None:
+    """Convolution on a mesh; ``None`` where a release has too little noise or no dominating pair."""
+    pairs = _pairs(releases)
+    if pairs is None:
+        return None
+    if not any(isinstance(pair, Sampled) and pair.rate < 1.0 for pair, _ in pairs):
+        return Convolution((Composition(tuple(pairs)),), tolerance)  # every pair is its own mirror image
+    add = [(Sampled(p.base, p.rate, False) if isinstance(p, Sampled) else p, n) for p, n in pairs]
+    return Convolution((Composition(tuple(pairs)), Composition(tuple(add))), tolerance)
+
+
+def _pairs(releases: Releases) -> list[tuple[Pair, int]] | None:
+    pairs: list[tuple[Pair, int]] = []
+    if releases.precision > 0.0:
+        pairs.append((Sampled(GaussianBase(releases.precision**-0.5), 1.0), 1))
+    if releases.sampled:
+        for rate, sigma, count in _bucketed(releases.sampled, _CONVOLUTION_PAIRS, True).tolist():
+            pair = ReplaceOne(sigma, rate) if releases.replace else Sampled(GaussianBase(sigma), rate)
+            pairs.append((pair, int(count)))
+    for event, count in releases.others.items():
+        other = _pair(event, releases.replace)
+        if other is None:
+            return None
+        pairs.append((other, count))
+    return pairs if all(_noise(pair) >= SMALLEST_SIGMA for pair, _ in pairs) else None
+
+
+def _pair(event: Event, replace: bool) -> Pair | None:
+    if isinstance(event, Laplace):
+        return Sampled(LaplaceBase(event.scale), 1.0)
+    if isinstance(event, Opaque):
+        return Sampled(ResponseBase(event.epsilon), 1.0)
+    if isinstance(event, PoissonSampled) and isinstance(event.event, Laplace) and not replace:
+        return Sampled(LaplaceBase(event.event.scale), event.rate)
+    if isinstance(event, FixedSizeSampled) and isinstance(event.event, Gaussian):
+        return FixedSize(GaussianBase(event.event.sigma / 2.0), event.rate)
+    return None
+
+
+def _noise(pair: Pair) -> float:
+    if isinstance(pair, ReplaceOne):
+        return pair.sigma / 2.0
+    base = pair.base if isinstance(pair, (Sampled, FixedSize)) else None
+    if isinstance(base, GaussianBase):
+        return base.sigma
+    if isinstance(base, LaplaceBase):
+        return base.scale
+    return SMALLEST_SIGMA if isinstance(base, ResponseBase) and base.epsilon < 500.0 else 0.0
+
+
+def _bucketed(sampled: Mapping[tuple[float, float], int], most: int, rounding_up: bool) -> Array:
+    """Rows (rate, sigma, count); more than ``most`` distinct pairs are rounded to fewer, towards more (or less) loss."""
+    table = np.array([(rate, sigma, count) for (rate, sigma), count in sampled.items()], dtype=np.float64)
+    if len(table) <= most:
+        return table
+    rates = np.unique(table[:, 0])
+    if len(rates) > 8:
+        table[:, 0] = _rounded(table[:, 0], 16, upwards=rounding_up)
+        rates = np.unique(table[:, 0])
+    table[:, 1] = _rounded(table[:, 1], max(2, most // len(rates)), upwards=not rounding_up)
+    keys, member = np.unique(table[:, :2], axis=0, return_inverse=True)
+    return np.column_stack([keys, np.bincount(member.ravel(), table[:, 2])])
+
+
+def _rounded(values: Array, most: int, upwards: bool) -> Array:
+    """Values rounded to a geometric grid of ``most`` values from the least to the largest."""
+    grid = np.geomspace(values.min(), values.max(), most)
+    grid[0], grid[-1] = values.min(), values.max()
+    if upwards:
+        return np.asarray(grid[np.searchsorted(grid, values, side="left")])
+    return np.asarray(grid[np.searchsorted(grid, values, side="right") - 1])
