@@ -61,7 +61,7 @@ def small_cnn() -> nn.Module:
 def train(split: data.Split, mode: str, noise_multiplier: float, epochs: int, seed: int) -> Run:
     torch.manual_seed(seed)  # the same initial parameters
     model = small_cnn()
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.5, momentum=0.9)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
     loader = DataLoader(split.train, batch_size=200)
     engine = PrivacyEngine(seed=seed)  # the same batches and the same noise
     model, optimizer, loader = engine.make_private(

@@ -234,7 +234,7 @@ def speeches(folder: str | Path | None = None, *, length: int = 128) -> Split:
     step = length + 1
     passages = []
     for text in texts:  # no passage crosses two texts; a shorter rest is dropped
-        row = codes[np.frombuffer(text.encode("latin-1", "replace"), dtype=np.uint8)]
+        row = codes[np.frombuffer(text.replace("\r\n", "\n").encode("latin-1", "replace"), dtype=np.uint8)]
         passages.append(row[: len(row) // step * step].reshape(-1, step))
     ids = torch.from_numpy(np.concatenate(passages))
     return _split_by_position(ids[:, :-1].contiguous(), ids[:, 1:].contiguous(), every=20)

@@ -39,7 +39,7 @@ class Settings:
 
 SETTINGS = {
     "mnist": Settings(data.mnist_5k, batch_size=1024, epochs=25, learning_rate=4.0, max_grad_norm=0.1),
-    "fashion": Settings(data.fashion_mnist, batch_size=4096, epochs=7, learning_rate=12.0, max_grad_norm=0.1),
+    "fashion": Settings(data.fashion_mnist, batch_size=4096, epochs=14, learning_rate=12.0, max_grad_norm=0.1),
 }
 
 
