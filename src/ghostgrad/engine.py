@@ -276,7 +276,8 @@ class PrivacyEngine:
         loss_reduction: str,
     ) -> None:  # fmt: skip
         delivery = _delivery_of(loader) if loader is not None else None
-        total = ClippedSum(lambda: trainable(optimizer.param_groups), delivery)
+        empty = loader.feed.empty_batches if loader is not None else None
+        total = ClippedSum(lambda: trainable(optimizer.param_groups), delivery, empty)
         spending: Spending = PoissonSpending(rate) if loader is None or loader.poisson_sampling else ShuffledSpending()
         recorder = Recorder(
             module,

@@ -163,7 +163,7 @@ class DPOptimizer(Optimizer):
     @torch.no_grad()
     def _release(self) -> None:
         noise_multiplier = self._current_noise_multiplier()
-        draws, epochs = len(self.total.logical_batches), set(self.total.epochs)
+        draws, epochs = self.total.draws, set(self.total.epochs)
         releases = self.spending.releases(noise_multiplier, draws, epochs)
         if self.budget is not None:
             self.budget.check(releases)

@@ -340,6 +340,21 @@ def test_empty_batches_are_steps_like_any_other(mode: str) -> None:
     assert all(p.isfinite().all() for p in model.parameters())
 
 
+def test_a_draw_that_was_skipped_because_it_was_empty_is_accounted() -> None:
+    """Two draws a step, undeclared; whether one of them was empty is private and must not change the accounting."""
+    engine, module, optimizer, loader = make(n=24, batch_size=1, noise_multiplier=2.0)
+    sizes = []
+    for number, (x, y) in enumerate(loader, start=1):
+        sizes.append(len(x))
+        if len(x):
+            backward(module, x, y)
+        if number % 2 == 0:
+            optimizer.step()
+            optimizer.zero_grad()
+    assert 0 in sizes
+    assert engine.accountant.history == [(2.0 / math.sqrt(2), 1 / 24, 24)]
+
+
 def test_sum_reduction_releases_the_undivided_sum() -> None:
     _, module, optimizer, loader = make(loss_reduction="sum")
     x, y = next(iter(loader))

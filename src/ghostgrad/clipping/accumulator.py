@@ -21,12 +21,17 @@ class ClippedSum:
     Args:
         parameters: the trainable parameters of the optimizer, asked anew each time: layers may be frozen in between.
         delivery: what the private loader handed out last; None where there is no such loader.
+        empty_batches: the loader's note of draws that were empty; cleared by `close`.
     """
 
     def __init__(
-        self, parameters: Callable[[], Sequence[nn.Parameter]], delivery: Callable[[], Delivery] | None
+        self,
+        parameters: Callable[[], Sequence[nn.Parameter]],
+        delivery: Callable[[], Delivery] | None,
+        empty_batches: set[int] | None = None,
     ) -> None:
         self.parameters, self._delivery = parameters, delivery
+        self._empty_batches = set() if empty_batches is None else empty_batches
         self.not_finite = 0
         """Records dropped since the start because their gradient was not finite. Not private: do not publish it."""
         self._abandoned = self._closed = -1
@@ -47,8 +52,17 @@ class ClippedSum:
     def close(self) -> None:
         """The sum was released: its records, and any others of the batch that is held, are spent."""
         self.clear()
+        self._empty_batches.clear()
         if self._delivery:
             self._closed = self._delivery().piece
+
+    @property
+    def draws(self) -> int:
+        """How many draws of the loader the step stands for: those in the sum, and empty ones that the loop skipped.
+
+        Skipping a draw because it was empty must not show in the accounting: with another record it may not be empty.
+        """
+        return len(self.logical_batches | self._empty_batches)
 
     @property
     def complete(self) -> bool:

@@ -19,6 +19,8 @@ class Feed:
         last: this piece completes its logical batch. ``True`` before the first piece: no batch is open.
         epoch: running number of the pass over the loader; -1 before the first.
         delivered: number of pieces handed out so far, over all passes.
+        empty_batches: logical batches of which an empty piece was handed out since the optimizer's last step. A loop may
+            skip these, and they are draws all the same.
 
     >>> Feed().delivered
     0
@@ -29,6 +31,7 @@ class Feed:
     last: bool = True
     epoch: int = -1
     delivered: int = 0
+    empty_batches: set[int] = field(default_factory=set, repr=False)
     _opened: int = field(default=0, repr=False)
 
     def open(self) -> int:
@@ -40,3 +43,5 @@ class Feed:
         """Write down what the consumer is about to receive."""
         self.logical_batch, self.records, self.last, self.epoch = logical_batch, records, last, epoch
         self.delivered += 1
+        if not records:
+            self.empty_batches.add(logical_batch)
