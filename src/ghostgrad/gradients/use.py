@@ -41,12 +41,12 @@ class Use(ABC):
 
     def sq_norms(self) -> Tensor:
         """Each record's squared gradient norm, [n]."""
-        return self.grad_samples().flatten(1).square().sum(1)
+        return self.grad_samples().reshape(self.n, self.shape.numel()).square().sum(1)
 
     def weighted_sum(self, factors: Tensor) -> Tensor:
         """``sum_n factors[n] * grad_samples[n]``, [*p]."""
         grads = self.grad_samples()
-        return (factors.to(grads.dtype) @ grads.flatten(1)).reshape(self.shape)
+        return (factors.to(grads.dtype) @ grads.reshape(self.n, self.shape.numel())).reshape(self.shape)
 
     def compact(self) -> Use:
         """The form that is cheapest to keep until the factors are known; the same numbers."""

@@ -22,14 +22,17 @@ class Rows:
     n: int
     batch_first: bool
     path: str
+    least: int = 1
+    """The fewest dimensions that a tensor of this layer has: [n, f] is 2, whatever f is."""
 
-    def dim(self, tensor: Tensor, *, least: int = 1) -> int | None:
-        """The dimension that holds the records, or None if there is none; ``least`` is the fewest dimensions with one."""
+    def dim(self, tensor: Tensor, *, least: int | None = None) -> int | None:
+        """The dimension that holds the records, or None if there is none; ``least`` where it is not the layer's."""
+        least = self.least if least is None else least
         if not self.batch_first and tensor.dim() > least and tensor.shape[1] == self.n:
             return 1
         return 0 if tensor.dim() >= least and tensor.shape[0] > 0 and tensor.shape[0] % self.n == 0 else None
 
-    def lead(self, tensor: Tensor, *, least: int = 1) -> Tensor:
+    def lead(self, tensor: Tensor, *, least: int | None = None) -> Tensor:
         """``tensor`` with the records (or each record's consecutive rows) first.
 
         Raises:
@@ -44,7 +47,7 @@ class Rows:
             )
         return tensor.movedim(dim, 0)
 
-    def split(self, tensor: Tensor, *, least: int = 1) -> Tensor:
+    def split(self, tensor: Tensor, *, least: int | None = None) -> Tensor:
         """``tensor`` as [n, fold, ...]: each record's rows by themselves; fold is 1 unless the batch was folded."""
         lead = self.lead(tensor, least=least)
         return lead.reshape(self.n, lead.shape[0] // self.n, *lead.shape[1:])

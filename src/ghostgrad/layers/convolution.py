@@ -57,8 +57,8 @@ def _bias(call: Call) -> dict[str, Use]:
     return {"bias": Explicit(call.rows.images(images).sum(1))}
 
 
-add_rule(nn.Conv1d, nn.Conv2d, nn.Conv3d, rule=Rule("convolution", convolution))
+add_rule(nn.Conv1d, nn.Conv2d, nn.Conv3d, rule=Rule("convolution", convolution, least=lambda module: None))
 add_rule(
     nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d,
-    rule=Rule("transposed convolution", transposed_convolution),
+    rule=Rule("transposed convolution", transposed_convolution, least=lambda module: None),
 )  # fmt: skip

@@ -22,12 +22,13 @@ def embedding(call: Call) -> dict[str, Use]:
     """
     table: Any = call.module
     n = call.rows.n
-    ids = call.rows.split(call.input).reshape(n, -1)
+    ids = call.rows.split(call.input, least=1).reshape(n, -1)
     dy = call.rows.split(call.grad_output).reshape(n, ids.shape[1], -1)
     if table.padding_idx is not None:
         dy = rows_where((ids != table.padding_idx).flatten(), dy.flatten(0, 1)).view_as(dy)
     if table.scale_grad_by_freq:
-        dy = wide(dy) / _occurrences(ids, table.num_embeddings).unsqueeze(-1)
+        records = torch.arange(n, device=ids.device).unsqueeze(1)
+        dy = wide(dy) / _occurrences(ids, records, table.num_embeddings).unsqueeze(-1)
     return {"weight": Lookup(ids, dy, call.parameters["weight"].shape)}
 
 
@@ -49,9 +50,9 @@ def embedding_bag(call: Call) -> dict[str, Use]:
         dy = dy * weights.flatten().unsqueeze(1)
     dy = rows_where(counted, dy)
     records = owner * call.rows.n // len(lengths)  # several bags in a row may belong to one record
-    ids, dy = _by_record(flat, dy, records, call.rows.n)
     if bag.scale_grad_by_freq:
-        dy = wide(dy) / _occurrences(ids, bag.num_embeddings).unsqueeze(-1)
+        dy = wide(dy) / _occurrences(flat, records, bag.num_embeddings).unsqueeze(-1)
+    ids, dy = _by_record(flat, dy, records, call.rows.n)
     return {"weight": Lookup(ids, dy, call.parameters["weight"].shape)}
 
 
@@ -100,9 +101,9 @@ def _by_record(ids: Tensor, dy: Tensor, records: Tensor, n: int) -> tuple[Tensor
     return out_ids, out_dy
 
 
-def _occurrences(ids: Tensor, rows: int) -> Tensor:
-    """How often each id occurs in its record, [n, t]."""
-    keys = ids.long() + torch.arange(len(ids), device=ids.device).unsqueeze(1) * rows
+def _occurrences(ids: Tensor, records: Tensor, rows: int) -> Tensor:
+    """How often each id occurs in its record, in the shape of ``ids``."""
+    keys = ids.long() + records * rows
     _, place, counts = torch.unique(keys, return_inverse=True, return_counts=True)
     occurrences: Tensor = counts[place]
     return occurrences
@@ -114,5 +115,5 @@ def _refuses(module: nn.Module) -> str | None:
     return None
 
 
-add_rule(nn.Embedding, rule=Rule("embedding", embedding, refuses=_refuses))
-add_rule(nn.EmbeddingBag, rule=Rule("embedding bag", embedding_bag, refuses=_refuses))
+add_rule(nn.Embedding, rule=Rule("embedding", embedding, refuses=_refuses, least=lambda table: 2))
+add_rule(nn.EmbeddingBag, rule=Rule("embedding bag", embedding_bag, refuses=_refuses, least=lambda bag: None))

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -46,7 +48,9 @@ def generic(call: Call) -> dict[str, Use]:
         for i, tensor in zip(batched, record, strict=True):
             filled[i] = tensor.movedim(0, call.rows.dim(leaves[i]) or 0)
         args, kwargs = tree_unflatten(filled, spec)
-        result = tree_flatten(functional_call(call.module, parameters, args, kwargs))[0]
+        # Copies of the buffers: what a second run of the forward does to them must not show.
+        buffers = {name: buffer.clone() for name, buffer in call.module.named_buffers()}
+        result = tree_flatten(functional_call(call.module, (parameters, buffers), args, kwargs))[0]
         floating = [leaf for leaf in result if isinstance(leaf, Tensor) and leaf.is_floating_point()]
         return tuple(floating[i].movedim(_output_dim(call, i), 0) for i in arrived)
 
@@ -55,10 +59,17 @@ def generic(call: Call) -> dict[str, Use]:
         result, pull, *_ = vjp(lambda p: outputs(p, record), parameters)
         return pull(tuple(grad))[0], result
 
-    found, recomputed = _each_record(record_gradient, rows, [grads[i] for i in arrived if grads[i] is not None])
+    try:
+        found, recomputed = _each_record(record_gradient, rows, [grads[i] for i in arrived])
+    except _NOT_BATCHABLE as error:
+        raise UnsupportedModuleError(
+            f"{call.path}: this {type(call.module).__name__} could not be run on a record alone ({type(error).__name__}: "
+            f"{str(error).splitlines()[0]}), so there is no gradient of each record's own loss. Let it treat a batch of one "
+            f"as any other, or register a rule for it."
+        ) from error
     if call.outputs is not None:
         _compare(call, recomputed, [call.rows.split(call.outputs[i]) for i in arrived])
-    return {name: Explicit(grad) for name, grad in found.items()}
+    return {name: Explicit(grad.to_dense() if grad.is_sparse else grad) for name, grad in found.items()}
 
 
 def _is_batched(call: Call, leaf: Tensor) -> bool:
@@ -72,16 +83,31 @@ def _output_dim(call: Call, index: int) -> int:
 
 def _each_record(gradient: Callable[..., Any], rows: list[Tensor], grads: list[Any]) -> Any:
     try:
-        return vmap(gradient)(rows, grads)
+        with warnings.catch_warnings():
+            # An operator that `vmap` has to run in a loop of its own is slow, not wrong.
+            warnings.filterwarnings("ignore", message="There is a performance drop")
+            return vmap(gradient)(rows, grads)
     except _NOT_BATCHABLE:
         return _loop(gradient, rows, grads)
 
 
 def _loop(gradient: Callable[..., Any], rows: list[Tensor], grads: list[Any]) -> Any:
-    results = [gradient([r[i] for r in rows], [g[i] for g in grads]) for i in range(len(rows[0]))]
+    with _without_onednn():
+        results = [gradient([r[i] for r in rows], [g[i] for g in grads]) for i in range(len(rows[0]))]
     spec = tree_flatten(results[0])[1]
     columns = zip(*(tree_flatten(result)[0] for result in results), strict=True)
     return tree_unflatten([torch.stack(column) for column in columns], spec)
+
+
+@contextmanager
+def _without_onednn() -> Iterator[None]:
+    """oneDNN's recurrent layers have no derivative under `torch.func`; torch's own have one."""
+    before = torch._C._get_mkldnn_enabled()
+    torch._C._set_mkldnn_enabled(False)
+    try:
+        yield
+    finally:
+        torch._C._set_mkldnn_enabled(before)
 
 
 def _compare(call: Call, recomputed: tuple[Tensor, ...], outputs: list[Tensor]) -> None:

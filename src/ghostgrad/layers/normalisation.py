@@ -68,10 +68,15 @@ def _instance_refuses(module: nn.Module) -> str | None:
     return None
 
 
-add_rule(nn.LayerNorm, rule=Rule("layer norm", layer_norm))
-add_rule(nn.RMSNorm, rule=Rule("rms norm", rms_norm))
-add_rule(nn.GroupNorm, rule=Rule("group norm", group_norm))
+def _features(module: nn.Module) -> int:
+    norm: Any = module
+    return 1 + len(norm.normalized_shape)
+
+
+add_rule(nn.LayerNorm, rule=Rule("layer norm", layer_norm, least=_features))
+add_rule(nn.RMSNorm, rule=Rule("rms norm", rms_norm, least=_features))
+add_rule(nn.GroupNorm, rule=Rule("group norm", group_norm, least=lambda norm: None))
 add_rule(
     nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d,
-    rule=Rule("instance norm", instance_norm, refuses=_instance_refuses),
+    rule=Rule("instance norm", instance_norm, refuses=_instance_refuses, least=lambda norm: None),
 )  # fmt: skip

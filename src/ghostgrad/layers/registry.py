@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import nn
 
 from ghostgrad.gradients import Use
-from ghostgrad.layers.call import Call
+from ghostgrad.layers.call import Call, Rows
 
 RuleFunction = Callable[[Call], Mapping[str, Use]]
 """From a call to the uses it made of the module's own parameters, by local name."""
@@ -20,15 +20,28 @@ class Rule:
 
     Attributes:
         name: shown by ``engine.explain()``.
-        uses: the rule itself.
+        function: the rule itself.
         parameters: the local parameter names it knows; a module with others goes to the generic rule.
         refuses: says why a configuration of the module is not supported, or None.
+        least: the fewest dimensions of what such a module puts out: [n, f] of a linear layer is 2, and dimension 1 is not
+            the records' even where the model is time-first and f happens to be n. None where the module's own batch is
+            dimension 0 whatever the model's is.
     """
 
     name: str
-    uses: RuleFunction
+    function: RuleFunction
     parameters: frozenset[str] = frozenset({"weight", "bias"})
     refuses: Callable[[nn.Module], str | None] = lambda module: None
+    least: Callable[[nn.Module], int | None] = lambda module: 1
+
+    def rows(self, module: nn.Module, rows: Rows) -> Rows:
+        """Where the records are in the tensors of a module, given where they are in the model's."""
+        least = self.least(module)
+        return replace(rows, batch_first=True) if least is None else replace(rows, least=least)
+
+    def uses(self, call: Call) -> Mapping[str, Use]:
+        """The uses that a call made of the module's own parameters, by local name."""
+        return self.function(replace(call, rows=self.rows(call.module, call.rows)))
 
 
 _RULES: dict[type[nn.Module], Rule] = {}
