@@ -66,3 +66,9 @@ def test_nothing_names_a_machine():
     tied = re.compile("|".join(["/wo" + "rk/", "/ho" + "me/", "/ro" + "ot/", "/o" + "pt/", "local" + "host"]))
     for path in our_files():
         assert not tied.search(path.read_text(encoding="utf-8", errors="ignore")), path
+
+
+def test_nothing_is_left_to_be_filled_in():
+    blank = re.compile("|".join(["TO" + "DO", "FIX" + "ME", "@[A-Z]+" + "@"]))
+    for path in our_files():
+        assert not blank.search(path.read_text(encoding="utf-8", errors="ignore")), path
