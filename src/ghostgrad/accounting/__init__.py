@@ -10,7 +10,13 @@ from ghostgrad.accounting.base import (
     register_accountant,
     registered_accountants,
 )
-from ghostgrad.accounting.calibration import get_noise_multiplier
+from ghostgrad.accounting.calibration import (
+    get_batch_size,
+    get_noise_multiplier,
+    get_noise_multiplier_for_attack,
+    get_sample_rate,
+    get_steps,
+)
 from ghostgrad.accounting.events import (
     BestOf,
     Composed,
@@ -26,8 +32,21 @@ from ghostgrad.accounting.events import (
 )
 from ghostgrad.accounting.gdp import GaussianAccountant
 from ghostgrad.accounting.ledger import Ledger
+from ghostgrad.accounting.planning import Plan, make_plan
 from ghostgrad.accounting.pld import PLDAccountant, PRVAccountant
 from ghostgrad.accounting.rdp import RDPAccountant
+from ghostgrad.accounting.reading import (
+    Curve,
+    Reading,
+    closest_gaussian,
+    membership_advantage,
+    posterior_bound,
+    privacy_profile,
+    remaining_steps,
+    tpr_at_fpr,
+    trade_off,
+)
+from ghostgrad.accounting.tuning import draw_trials, tuned_epsilon, tuning_event
 
 register_accountant("rdp", RDPAccountant)
 register_accountant("pld", PLDAccountant)
@@ -40,6 +59,7 @@ __all__ = [
     "BestOf",
     "Bounds",
     "Composed",
+    "Curve",
     "Event",
     "FixedSizeSampled",
     "Gaussian",
@@ -49,13 +69,30 @@ __all__ = [
     "Opaque",
     "PLDAccountant",
     "PRVAccountant",
+    "Plan",
     "PoissonSampled",
     "RDPAccountant",
+    "Reading",
     "Repeated",
+    "closest_gaussian",
     "create_accountant",
+    "draw_trials",
     "event_from_json",
     "event_to_json",
+    "get_batch_size",
     "get_noise_multiplier",
+    "get_noise_multiplier_for_attack",
+    "get_sample_rate",
+    "get_steps",
+    "make_plan",
+    "membership_advantage",
+    "posterior_bound",
+    "privacy_profile",
     "register_accountant",
     "registered_accountants",
+    "remaining_steps",
+    "tpr_at_fpr",
+    "trade_off",
+    "tuned_epsilon",
+    "tuning_event",
 ]

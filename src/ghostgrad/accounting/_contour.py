@@ -29,6 +29,7 @@ Complex = NDArray[np.complex128]
 
 _SLACK = 32.0  # natural log of the relative size of what is left out
 _MOST_NODES = 4096
+_DIGITS = 14.0  # natural log of the cancellation allowed: 6 digits of 16
 _S_GRID = np.geomspace(1e-3, 1e4, 160)
 
 
@@ -193,14 +194,14 @@ def _period(grid: Array, curve: Array, at: int, epsilon: float, log_delta: float
 def _line(grid: Array, curve: Array, at: int, epsilon: float, log_delta: float) -> tuple[float, float]:
     """Where to put the line and the period it needs: at the saddle, or left of it where rare large losses lie right.
 
-    Left of the saddle the integrand oscillates; at most 6 digits are given away.
+    Left of the saddle the integrand oscillates; at most `_DIGITS` are given away.
     """
     best = (float(grid[at]), _period(grid, curve, at, epsilon, log_delta))
     for share in (0.85, 0.7, 0.5, 0.35, 0.25):
         other = int(np.searchsorted(grid, share * grid[at]))
         lost = curve[other] - grid[other] * epsilon - log_delta
         period = _period(grid, curve, other, epsilon, log_delta)
-        if lost < 14.0 and period < 0.8 * best[1]:
+        if lost < _DIGITS and period < 0.8 * best[1]:
             best = (float(grid[other]), period)
     return best
 
@@ -257,12 +258,19 @@ def _epsilon_one_way(steps: Steps, remove: bool, delta: float, floor: float) -> 
     at, start = saddle_at_delta(grid, curve, log_delta)
     if start <= floor:  # Chernoff already proves no more than the other direction needs
         return 0.0, floor
-    line = contour_curve(steps, remove, *_line(grid, curve, at, start, log_delta))
-    if line is None:
-        return None
-    upper = line.epsilon(math.log(delta - steps.lost) - 1e-6, start)
-    lower = line.epsilon(log_delta + 1e-6, start)
-    return None if math.isnan(upper) or math.isnan(lower) else (lower * (1.0 - 1e-8), upper * (1.0 + 1e-8))
+    for _ in range(3):
+        line = contour_curve(steps, remove, *_line(grid, curve, at, start, log_delta))
+        if line is None:
+            return None
+        upper = line.epsilon(math.log(delta - steps.lost) - 4e-6, start)
+        lower = line.epsilon(log_delta + 1e-6, start)
+        if math.isnan(upper) or math.isnan(lower):
+            return None
+        if line.log_scale - line.tilt * upper - log_delta < _DIGITS + 2.0:
+            return lower * (1.0 - 1e-8), upper * (1.0 + 1e-8)
+        # The Chernoff start was far above, and more digits cancelled than meant: go again from here.
+        at, start = saddle_at_epsilon(grid, curve, upper)[0], upper
+    return None
 
 
 def _delta_one_way(steps: Steps, remove: bool, epsilon: float, floor: float) -> tuple[float, float] | None:
@@ -270,18 +278,25 @@ def _delta_one_way(steps: Steps, remove: bool, epsilon: float, floor: float) -> 
     at, bound = saddle_at_epsilon(grid, curve, epsilon)
     if math.exp(min(bound, 0.0)) <= floor:
         return 0.0, floor
-    steps = steps.sized_for(math.exp(max(bound - 8.0, -600.0)), steps.cut)
-    tilt, period = _line(grid, curve, at, epsilon, bound - 8.0)
-    line = contour_curve(steps, remove, tilt, period, 8 * _MOST_NODES)
-    if line is None:
-        return None
-    value = math.exp(min(line.log_delta(epsilon)[0], 0.0))
-    return value * (1.0 - 1e-6), min(1.0, value * (1.0 + 1e-7) + steps.lost)
+    guess = bound - 3.0
+    for _ in range(4):
+        steps = steps.sized_for(math.exp(max(guess, -600.0)), steps.cut)
+        grid, curve = real_table(steps, remove)
+        at, _ = saddle_at_epsilon(grid, curve, epsilon)
+        line = contour_curve(steps, remove, *_line(grid, curve, at, epsilon, guess), 8 * _MOST_NODES)
+        if line is None:
+            return None
+        found = line.log_delta(epsilon)[0]
+        if found >= guess:  # what was left out was sized for a delta no larger than this
+            value = math.exp(min(found, 0.0))
+            return value * (1.0 - 1e-6), min(1.0, value * (1.0 + 1e-7) + steps.lost)
+        guess = max(found, guess - 60.0) - 0.2
+    return None
 
 
 @dataclass(frozen=True)
 class Contour:
-    """Both directions of a composition; relative error of delta about 1e-8, bounds widened to 1e-6."""
+    """Both directions of a composition; relative error of delta about 1e-8, bounds widened to 4e-6."""
 
     steps: Steps
     name: str = "contour inversion"

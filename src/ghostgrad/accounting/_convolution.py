@@ -168,7 +168,7 @@ class Total:
         at = int(np.searchsorted(self.losses, epsilon, side="right"))
         if at >= len(self.losses):
             return self.infinite
-        finite = self.suffix_p[at] - math.exp(epsilon - self.reference) * self.suffix_q[at]
+        finite = self.suffix_p[at] - math.exp(min(epsilon - self.reference, 600.0)) * self.suffix_q[at]
         return self.infinite + math.exp(self.log_scale) * max(float(finite), 0.0)
 
     def epsilon(self, delta: float) -> float:
@@ -203,10 +203,10 @@ def compose(composition: Composition, mesh: Mesh, reference: float) -> Total:
     first = math.ceil(mesh.low / mesh.h)
     mass = np.maximum(np.roll(mass, offset - first), 0.0)
     losses = np.arange(first, first + count) * mesh.h
-    away = np.clip(losses - reference, -500.0 / (mesh.tilt + 1.0), None)
-    weight_p = mass * np.exp(-mesh.tilt * away)
-    weight_q = weight_p * np.exp(-away)
-    suffix = [np.cumsum(w[::-1])[::-1] for w in (weight_p, weight_q)]
+    # The cap on the second exponent binds far below the reference only, where it makes delta larger.
+    away = reference - losses
+    weights = (mass * np.exp(np.minimum(exponent * away, 690.0)) for exponent in (mesh.tilt, mesh.tilt + 1.0))
+    suffix = [np.cumsum(weight[::-1])[::-1] for weight in weights]
     scale = log_scale - mesh.tilt * reference
     return Total(losses, suffix[0], suffix[1], scale, reference, -math.expm1(log_finite))
 
@@ -252,7 +252,7 @@ class Convolution:
     def _one_way(self, pilot: Pilot, delta: float, floor: float, with_lower: bool) -> tuple[float, float, float]:
         tolerance = self.tolerance * (0.02 if with_lower else 1.0)
         mesh = mesh_for(pilot, pilot.epsilon, tolerance * max(pilot.epsilon, floor))
-        total = compose(pilot.composition, mesh, _centre(mesh))
+        total = compose(pilot.composition, mesh, pilot.epsilon)
         upper = total.epsilon(delta * (1.0 - 1e-6))
         scale = max(upper, floor)
         if upper > 0.0 and mesh.excess > 3.0 * tolerance * scale:  # the Chernoff pilot was far above
@@ -277,13 +277,9 @@ class Convolution:
         for pilot in pilots:
             if highest > 0.0 and pilot.log_delta < math.log(highest) - 0.05:
                 continue
-            excess = 0.1 * self.tolerance / float(_GRID[pilot.at])  # delta then exceeds by a share of 0.1 tolerance
+            excess = 0.01 * self.tolerance / float(_GRID[pilot.at])  # delta then exceeds by a share of 0.01 tolerance
             if epsilon > 0.0:
                 excess = min(excess, self.tolerance * epsilon / 8.0)
             total = compose(pilot.composition, mesh_for(pilot, epsilon, excess), epsilon)
             highest = max(highest, total.delta(epsilon) * (1.0 + _ROUNDING))
         return 0.0, min(1.0, highest)
-
-
-def _centre(mesh: Mesh) -> float:
-    return max(0.0, 0.5 * (mesh.low + mesh.high))

@@ -238,8 +238,20 @@ def atoms(event: Event, count: int = 1) -> Iterator[tuple[Event, int]]:
     elif isinstance(event, FixedSizeSampled):
         if event.rate > 0.0:
             yield FixedSizeSampled(event.rate, _one_gaussian(event)), count
+    elif isinstance(event, BestOf):
+        _check_base(event)
+        yield event, count
     else:
         yield event, count
+
+
+def _check_base(event: BestOf) -> None:
+    """The theorems on `BestOf` start from a Renyi curve of the base, for one relation."""
+    for part, _ in atoms(event.event):
+        if isinstance(part, (FixedSizeSampled, BestOf)) or (isinstance(part, Opaque) and part.delta > 0.0):
+            raise ConfigurationError(
+                f"BestOf over {part!r} has no Renyi curve here; use Poisson sampling and pure releases in a trial."
+            )
 
 
 def _sampled_atoms(event: PoissonSampled, count: int) -> Iterator[tuple[Event, int]]:

@@ -38,7 +38,7 @@ class PLDAccountant(Accountant):
     >>> accountant = PLDAccountant()
     >>> accountant.step(noise_multiplier=1.0, sample_rate=0.01, steps=1000)
     >>> round(accountant.get_epsilon(1e-5), 4)
-    1.8283
+    1.8282
     """
 
     mechanism: ClassVar[str] = "pld"

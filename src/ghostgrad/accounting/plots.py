@@ -1,0 +1,85 @@
+"""Figures of a ledger's privacy (the ``report`` extra: matplotlib)."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from ghostgrad.accounting._checks import check_delta
+from ghostgrad.accounting.base import Accountant, create_accountant
+from ghostgrad.accounting.reading import privacy_profile, trade_off
+from ghostgrad.errors import MissingDependencyError
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+
+def _axes(axes: Axes | None) -> Any:
+    if axes is not None:
+        return axes
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise MissingDependencyError(
+            "matplotlib is not installed, so nothing can be drawn; pip install 'ghostgrad[report]'."
+        ) from error
+    return Figure(figsize=(5.5, 3.6), layout="constrained").add_subplot()
+
+
+def plot_epsilon(accountant: Accountant, delta: float, axes: Axes | None = None, points: int = 40) -> Axes:
+    """Draw epsilon at ``delta`` over the steps of the ledger, at about ``points`` of them; return the axes.
+
+    >>> from ghostgrad.accounting import RDPAccountant
+    >>> accountant = RDPAccountant()
+    >>> accountant.step(noise_multiplier=1.0, sample_rate=0.01, steps=100)
+    >>> plot_epsilon(accountant, 1e-5, points=3).get_xlabel()
+    'steps'
+    """
+    delta, drawn = check_delta(delta), _axes(axes)
+    held, total = create_accountant(accountant.mechanism), len(accountant)
+    marks = np.unique(np.round(np.linspace(0, total, points + 1)).astype(int)).tolist()
+    steps, epsilons, done = [0], [0.0], 0
+    for event, count in accountant.ledger:
+        stops = [mark for mark in marks if done < mark <= done + count]
+        for stop in [*stops, done + count]:
+            held.record(event, stop - len(held))
+            if stop in marks and stop > steps[-1]:
+                steps.append(stop)
+                epsilons.append(held.get_epsilon(delta))
+        done += count
+    drawn.plot(steps, epsilons)
+    drawn.set(xlabel="steps", ylabel=f"epsilon at delta {delta:g}", title=f"{held.neighbouring}, {held.mechanism}")
+    return drawn  # type: ignore[no-any-return]
+
+
+def plot_profile(accountant: Accountant, axes: Axes | None = None) -> Axes:
+    """Draw delta over epsilon; return the axes.
+
+    >>> from ghostgrad.accounting import RDPAccountant
+    >>> accountant = RDPAccountant()
+    >>> accountant.step(noise_multiplier=1.0, sample_rate=0.01, steps=100)
+    >>> plot_profile(accountant).get_yscale()
+    'log'
+    """
+    curve, drawn = privacy_profile(accountant), _axes(axes)
+    drawn.semilogy(curve.x, curve.y)
+    drawn.set(xlabel="epsilon", ylabel="delta", title=f"{curve.neighbouring}, {curve.accountant}")
+    return drawn  # type: ignore[no-any-return]
+
+
+def plot_trade_off(accountant: Accountant, axes: Axes | None = None) -> Axes:
+    """Draw the attacker's least miss rate over the false positive rate, and guessing; return the axes.
+
+    >>> from ghostgrad.accounting import RDPAccountant
+    >>> accountant = RDPAccountant()
+    >>> accountant.step(noise_multiplier=1.0, sample_rate=0.01, steps=100)
+    >>> plot_trade_off(accountant).get_xlabel()
+    'false positive rate'
+    """
+    curve, drawn = trade_off(accountant), _axes(axes)
+    drawn.plot(curve.x, curve.y, label="best attack")
+    drawn.plot([0.0, 1.0], [1.0, 0.0], linestyle="--", color="grey", label="guessing")
+    drawn.legend()
+    drawn.set(xlabel="false positive rate", ylabel="miss rate", title=f"{curve.neighbouring}, {curve.accountant}")
+    return drawn  # type: ignore[no-any-return]

@@ -1,0 +1,199 @@
+"""What an epsilon means: privacy profile, trade-off curve, attack bounds, and what is left of a budget.
+
+Every answer names the neighbouring relation it holds for and the accountant that gave it. With `PLDAccountant` the
+bounds are tight; with `RDPAccountant` they are valid and looser; with `GaussianAccountant` they are approximations.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ghostgrad.accounting._attacks import curve_points, missed, true_positive_bound
+from ghostgrad.accounting._checks import (
+    check_count,
+    check_delta,
+    check_epsilon,
+    check_noise,
+    check_positive,
+    check_rate,
+)
+from ghostgrad.accounting._closed_forms import gaussian_delta
+from ghostgrad.accounting.base import Accountant, create_accountant
+from ghostgrad.accounting.calibration import most_steps
+from ghostgrad.accounting.ledger import Ledger
+from ghostgrad.errors import ConfigurationError
+
+Array = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Reading:
+    """One number, what it is, and for which neighbours and by which accountant it holds.
+
+    >>> float(Reading(0.25, "membership advantage", "add-or-remove-one", "pld"))
+    0.25
+    """
+
+    value: float
+    quantity: str
+    neighbouring: str
+    accountant: str
+
+    def __float__(self) -> float:
+        return self.value
+
+    def __str__(self) -> str:
+        return f"{self.quantity}: {self.value:.6g} ({self.neighbouring}, by {self.accountant})"
+
+
+@dataclass(frozen=True)
+class Curve:
+    """Points ``(x[i], y[i])`` of a curve, with the same labels as `Reading`."""
+
+    x: Array
+    y: Array
+    quantity: str
+    neighbouring: str
+    accountant: str
+
+
+def _reading(accountant: Accountant, value: float, quantity: str) -> Reading:
+    return Reading(value, quantity, accountant.neighbouring, accountant.mechanism)
+
+
+def privacy_profile(accountant: Accountant, epsilons: Sequence[float] | Array | None = None) -> Curve:
+    """Return delta at every epsilon (default: points that span the curve).
+
+    >>> from ghostgrad.accounting import PLDAccountant
+    >>> accountant = PLDAccountant()
+    >>> accountant.step(noise_multiplier=1.0, sample_rate=1.0)
+    >>> [round(float(delta), 4) for delta in privacy_profile(accountant, [0.0, 1.0]).y]
+    [0.3829, 0.1269]
+    """
+    if epsilons is None:
+        x, y = curve_points(accountant)
+    else:
+        x = np.array([check_epsilon(epsilon) for epsilon in np.asarray(epsilons, dtype=np.float64).tolist()])
+        y = np.array([accountant.get_delta(float(epsilon)) for epsilon in x])
+    return Curve(x, y, "delta over epsilon", accountant.neighbouring, accountant.mechanism)
+
+
+def trade_off(accountant: Accountant, false_positives: Sequence[float] | Array | None = None) -> Curve:
+    """Return the lower bound of an attacker's miss rate over false positive rates (the f of f-DP).
+
+    Dong, Roth and Su (2022), proposition 6, from points of the privacy curve; between them it is slightly too low.
+
+    >>> from ghostgrad.accounting import PLDAccountant
+    >>> accountant = PLDAccountant()
+    >>> accountant.step(noise_multiplier=1.0, sample_rate=1.0)
+    >>> 0.73 < float(trade_off(accountant, [0.05]).y[0]) < 0.7405
+    True
+    """
+    grid = np.linspace(0.0, 1.0, 101) if false_positives is None else np.asarray(false_positives, dtype=np.float64)
+    for value in grid.tolist():
+        check_rate(value, "false_positives")
+    y = missed(*curve_points(accountant), grid)
+    return Curve(grid, y, "miss rate over false positive rate", accountant.neighbouring, accountant.mechanism)
+
+
+def membership_advantage(accountant: Accountant) -> Reading:
+    """Return the largest true minus false positive rate of any membership attack: delta at epsilon 0.
+
+    >>> from ghostgrad.accounting import PLDAccountant
+    >>> accountant = PLDAccountant()
+    >>> accountant.step(noise_multiplier=1.0, sample_rate=1.0)
+    >>> round(membership_advantage(accountant).value, 4)
+    0.3829
+    """
+    return _reading(accountant, accountant.get_delta(0.0), "membership advantage")
+
+
+def tpr_at_fpr(accountant: Accountant, fpr: float) -> Reading:
+    """Return the largest true positive rate of any membership attack at false positive rate ``fpr``.
+
+    >>> from ghostgrad.accounting import PLDAccountant
+    >>> accountant = PLDAccountant()
+    >>> accountant.step(noise_multiplier=1.0, sample_rate=1.0)
+    >>> 0.2595 <= tpr_at_fpr(accountant, 0.05).value < 0.2600
+    True
+    """
+    fpr = check_delta(fpr, "fpr")
+    return _reading(accountant, true_positive_bound(accountant, fpr), f"true positive rate at {fpr:g} false positives")
+
+
+def posterior_bound(accountant: Accountant, prior: float, failure: float = 1e-5) -> Reading:
+    """Return the belief in membership that an attacker with ``prior`` exceeds with probability ``failure`` at most.
+
+    The probability is over the training's noise, with the record in. The loss exceeds e with probability at most
+    ``delta(epsilon) / (1 - exp(epsilon - e))``, and the posterior odds are the prior odds times ``exp(loss)``.
+
+    >>> from ghostgrad.accounting import PLDAccountant
+    >>> accountant = PLDAccountant()
+    >>> accountant.step(noise_multiplier=4.0, sample_rate=1.0)
+    >>> 0.5 < posterior_bound(accountant, 0.5).value < 0.8
+    True
+    """
+    prior, failure = check_delta(prior, "prior"), check_delta(failure, "failure")
+    shares = (0.02, 0.05, 0.1, 0.2, 0.35, 0.5, 0.7)
+    loss = min(accountant.get_epsilon(failure * share) - math.log1p(-share) for share in shares)
+    odds = math.log(prior) - math.log1p(-prior) + loss
+    return _reading(accountant, 1.0 / (1.0 + math.exp(-odds)), f"posterior from prior {prior:g}, except {failure:g}")
+
+
+def closest_gaussian(accountant: Accountant) -> Reading:
+    """Return mu of the least private Gaussian mechanism (sensitivity / sigma) that is no better anywhere on the curve.
+
+    The smallest mu with ``delta_mu(epsilon) >= delta(epsilon)`` at all points looked at (deltas from 1e-15 up).
+
+    >>> from ghostgrad.accounting import PLDAccountant
+    >>> accountant = PLDAccountant()
+    >>> accountant.step(noise_multiplier=2.0, sample_rate=1.0)
+    >>> round(closest_gaussian(accountant).value, 5)
+    0.5
+    """
+    largest = 0.0
+    for epsilon, delta in zip(*(part.tolist() for part in curve_points(accountant)), strict=True):
+        low, high = largest, max(2.0 * largest, 1e-6)
+        if delta >= 1.0:
+            return _reading(accountant, math.inf, "mu of the closest Gaussian mechanism")
+        while gaussian_delta(epsilon, high) < delta:
+            low, high = high, 2.0 * high
+        while high - low > 1e-10 * high:
+            middle = 0.5 * (low + high)
+            low, high = (middle, high) if gaussian_delta(epsilon, middle) < delta else (low, middle)
+        if gaussian_delta(epsilon, largest) < delta:
+            largest = high
+    return _reading(accountant, largest, "mu of the closest Gaussian mechanism")
+
+
+def remaining_steps(
+    accountant: Accountant, *, target_epsilon: float, delta: float, noise_multiplier: float, sample_rate: float
+) -> int:
+    """Return how many more such steps the ledger can take before epsilon exceeds ``target_epsilon``; 0 if none.
+
+    Raises:
+        ConfigurationError: The steps cost nothing, so there is no limit.
+
+    >>> from ghostgrad.accounting import RDPAccountant
+    >>> accountant = RDPAccountant()
+    >>> remaining_steps(accountant, target_epsilon=1.0, delta=1e-5, noise_multiplier=1.0, sample_rate=0.001) > 1000
+    True
+    """
+    target, delta = check_positive(target_epsilon, "target_epsilon"), check_delta(delta)
+    sigma, rate = check_noise(noise_multiplier), check_rate(sample_rate)
+    if rate == 0.0:
+        raise ConfigurationError("sample_rate=0.0 costs nothing, so any number of steps remains.")
+    entries = accountant.ledger.state_dict()
+
+    def epsilon(count: int) -> float:
+        copy = create_accountant(accountant.mechanism)
+        copy.ledger = Ledger.from_state_dict(entries)
+        copy.step(noise_multiplier=sigma, sample_rate=rate, steps=check_count(count))
+        return copy.get_epsilon(delta)
+
+    return most_steps(epsilon, target) if epsilon(1) <= target else 0
