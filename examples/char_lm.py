@@ -1,6 +1,6 @@
 """A private character language model of the State of the Union addresses.
 
-    python examples/char_lm.py             epsilon 3, several minutes
+    python examples/char_lm.py             epsilon 3, about six minutes
     python examples/char_lm.py --quick     seconds
 
 The privacy unit is one passage of 129 characters: what is protected is whether any one passage was in the training

@@ -1,7 +1,7 @@
 """A private image classifier on real images.
 
     python examples/images.py                        5,000 MNIST digits: the demo, about a minute
-    python examples/images.py --dataset fashion      all of Fashion-MNIST: several minutes
+    python examples/images.py --dataset fashion      all of Fashion-MNIST: two to four minutes
     python examples/images.py --quick                seconds
 
 The privacy unit is one image. Fixed edge features (oriented_energy.py) feed a small network that is trained privately.

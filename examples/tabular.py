@@ -1,6 +1,6 @@
 """A private tabular classifier: does a person earn more than 50,000 dollars a year? (Adult, 48,842 people)
 
-    python examples/tabular.py             epsilon 1, about half a minute
+    python examples/tabular.py             epsilon 1, about twenty seconds
     python examples/tabular.py --quick     seconds
 
 The privacy unit is one person. Categories and bin edges are public constants (data.py), nothing is fitted to the table.

@@ -55,7 +55,7 @@ def test_tabular_example_beats_the_commonest_class() -> None:
 
 def test_text_example_beats_the_commonest_class() -> None:
     accuracy, epsilon = script("text_classification", needs="clothing_reviews").main(["--quick", "--seed", "0"])
-    assert accuracy > 0.5, "always answering 'Tops' gives 0.46"
+    assert accuracy > 0.6, "always answering 'Tops' gives 0.46"
     assert epsilon <= 3
 
 
