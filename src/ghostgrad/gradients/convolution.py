@@ -113,6 +113,11 @@ class Convolution(Use):
             for (length, size, count), step, pad, gap in zip(sizes, g.stride, g.padding, g.dilation, strict=True)
         )
 
+    def only(self, records: Tensor) -> Convolution:
+        fold = len(self.x) // self.n
+        images = (records.unsqueeze(1) * fold + torch.arange(fold, device=records.device)).flatten()
+        return Convolution(self.x[images], self.dy[images], self.shape, self.geometry, len(records))
+
     def keep_rows(self, mask: Tensor) -> Convolution:
         images = mask.repeat_interleave(len(self.x) // self.n)
         x, dy = rows_where(images, self.x), rows_where(images, self.dy)

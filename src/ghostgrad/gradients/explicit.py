@@ -24,6 +24,9 @@ class Explicit(Use):
     def grad_samples(self) -> Tensor:
         return self._grads
 
+    def only(self, records: Tensor) -> Explicit:
+        return Explicit(self._grads[records])
+
     def keep_rows(self, mask: Tensor) -> Explicit:
         return Explicit(rows_where(mask, self._grads))
 

@@ -12,7 +12,7 @@ from ghostgrad.gradients.convolution import Convolution
 from ghostgrad.gradients.explicit import Explicit
 from ghostgrad.gradients.lookup import Lookup
 from ghostgrad.gradients.matmul import Matmul
-from ghostgrad.gradients.use import Use, wide
+from ghostgrad.gradients.use import Use, trusted, wide
 
 
 def join(uses: Sequence[Use]) -> Use:
@@ -37,6 +37,7 @@ class Joined(Use):
     def __init__(self, parts: Sequence[Use]) -> None:
         self.parts = list(parts)
         self.shape = parts[0].shape
+        self.terms = sum(part.terms for part in parts)
 
     @property
     def n(self) -> int:
@@ -52,7 +53,16 @@ class Joined(Use):
     def sq_norms(self) -> Tensor:
         own = torch.stack([part.sq_norms() for part in self.parts]).sum(0)
         cross = torch.stack([_inner(a, b) for a, b in combinations(self.parts, 2)]).sum(0)
-        return (own + 2 * cross).clamp_(min=0)
+        return trusted((own + 2 * cross).clamp_(min=0), self, self._exact_norms)
+
+    def _exact_norms(self, records: Tensor) -> Tensor:
+        return torch.cat([self.only(one).grad_samples().flatten(1).square().sum(1) for one in torch.split(records, 1)])
+
+    def only(self, records: Tensor) -> Joined:
+        return Joined([part.only(records) for part in self.parts])
+
+    def reach(self) -> Tensor:
+        return torch.stack([part.reach() for part in self.parts]).sum(0)
 
     def weighted_sum(self, factors: Tensor) -> Tensor:
         return torch.stack([part.weighted_sum(factors) for part in self.parts]).sum(0)

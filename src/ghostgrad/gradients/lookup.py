@@ -21,6 +21,7 @@ class Lookup(Use):
 
     def __init__(self, ids: Tensor, dy: Tensor, shape: torch.Size) -> None:
         self.ids, self.dy, self.shape = ids, dy, shape
+        self.terms = ids.shape[1]
 
     @property
     def n(self) -> int:
@@ -50,6 +51,12 @@ class Lookup(Use):
     def weighted_sum(self, factors: Tensor) -> Tensor:
         dy = wide(self.dy) * factors.view(-1, 1, 1)
         return dy.new_zeros(self.shape).index_add_(0, self.ids.flatten().long(), dy.flatten(0, 1))
+
+    def only(self, records: Tensor) -> Lookup:
+        return Lookup(self.ids[records], self.dy[records], self.shape)
+
+    def reach(self) -> Tensor:
+        return torch.linalg.vector_norm(wide(self.dy), dim=-1).sum(1)
 
     def keep_rows(self, mask: Tensor) -> Lookup:
         return Lookup(self.ids, rows_where(mask, self.dy), self.shape)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ghostgrad.gradients.explicit import Explicit
-from ghostgrad.gradients.use import Use, rows_where, wide
+from ghostgrad.gradients.use import Use, rows_where, trusted, wide
 
 _CHUNK_ELEMENTS = 1 << 24
 """The most elements of a temporary: 64 MiB in float32."""
@@ -25,6 +25,7 @@ class Matmul(Use):
 
     def __init__(self, x: Tensor, dy: Tensor, shape: torch.Size) -> None:
         self.x, self.dy, self.shape = x, dy, shape
+        self.terms = x.shape[2]
 
     @property
     def n(self) -> int:
@@ -33,6 +34,13 @@ class Matmul(Use):
     def grad_samples(self) -> Tensor:
         grads = wide(self.dy).transpose(-1, -2) @ wide(self.x)
         return grads.reshape(self.n, *self.shape)
+
+    def only(self, records: Tensor) -> Matmul:
+        return Matmul(self.x[records], self.dy[records], self.shape)
+
+    def reach(self) -> Tensor:
+        x, dy = (torch.linalg.vector_norm(wide(side), dim=-1) for side in (self.x, self.dy))
+        return torch.linalg.vector_norm((x * dy).sum(2), dim=1)
 
     def keep_rows(self, mask: Tensor) -> Matmul:
         return Matmul(rows_where(mask, self.x), rows_where(mask, self.dy), self.shape)
@@ -49,7 +57,9 @@ class Matmul(Use):
         if self.route == "outer product":
             # A rank-one gradient: |dy x^T|^2 = |dy|^2 |x|^2.
             return (wide(self.x).square().sum(-1) * wide(self.dy).square().sum(-1)).sum((1, 2))
-        return self._gram_norms() if self.route == "gram" else self._chunked_norms()
+        if self.route != "gram":
+            return self._chunked_norms()
+        return trusted(self._gram_norms(), self, lambda records: self.only(records)._chunked_norms())
 
     def _gram_norms(self) -> Tensor:
         """``|sum_t dy_t x_t^T|^2 = sum_ts (x_t . x_s)(dy_t . dy_s)``, one block of rows t at a time.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -39,6 +40,17 @@ class Use(ABC):
     def keep_rows(self, mask: Tensor) -> Use:
         """This use with the records outside ``mask`` [n] replaced by zeros; not multiplied: 0 * inf is not 0."""
 
+    @abstractmethod
+    def only(self, records: Tensor) -> Use:
+        """This use by the records with these indices [m] alone; n is then m."""
+
+    terms: int = 1
+    """How many terms each record's gradient is a sum of."""
+
+    def reach(self) -> Tensor:
+        """What each record's norm would be if none of its terms cancelled, [n]; never below the norm."""
+        return self.sq_norms().sqrt()
+
     def sq_norms(self) -> Tensor:
         """Each record's squared gradient norm, [n]."""
         return self.grad_samples().reshape(self.n, self.shape.numel()).square().sum(1)
@@ -56,6 +68,23 @@ class Use(ABC):
     def route(self) -> str:
         """How the norm of this use is found, in a word (for ``explain``)."""
         return "materialise"
+
+
+_CANCELLED = 16
+"""How far below its squared reach a squared norm may be, for each term, before round-off shows in it.
+
+An expanded square (a Gram, a cross term) has an error of the order of ``eps * reach^2``: a record whose terms cancel would
+get a norm that is too small, down to zero, and pass unclipped. Terms in random directions lose a factor ``terms``.
+"""
+
+
+def trusted(sq_norms: Tensor, use: Use, exact: Callable[[Tensor], Tensor]) -> Tensor:
+    """Squared norms [n] from an expanded square, with ``exact(records)`` in place of those that cancellation spoiled."""
+    spoiled = sq_norms * (_CANCELLED * use.terms) < use.reach().square()
+    if not bool(spoiled.any()):
+        return sq_norms
+    records = spoiled.nonzero().squeeze(1)
+    return sq_norms.index_copy(0, records, exact(records))
 
 
 def rows_where(mask: Tensor, tensor: Tensor) -> Tensor:
