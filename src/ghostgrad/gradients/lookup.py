@@ -56,7 +56,8 @@ class Lookup(Use):
         return Lookup(self.ids[records], self.dy[records], self.shape)
 
     def reach(self) -> Tensor:
-        return torch.linalg.vector_norm(wide(self.dy), dim=-1).sum(1)
+        reach: Tensor = torch.linalg.vector_norm(wide(self.dy), dim=-1).sum(1)
+        return reach
 
     def keep_rows(self, mask: Tensor) -> Lookup:
         return Lookup(self.ids, rows_where(mask, self.dy), self.shape)

@@ -40,7 +40,8 @@ class Matmul(Use):
 
     def reach(self) -> Tensor:
         x, dy = (torch.linalg.vector_norm(wide(side), dim=-1) for side in (self.x, self.dy))
-        return torch.linalg.vector_norm((x * dy).sum(2), dim=1)
+        reach: Tensor = torch.linalg.vector_norm((x * dy).sum(2), dim=1)
+        return reach
 
     def keep_rows(self, mask: Tensor) -> Matmul:
         return Matmul(rows_where(mask, self.x), rows_where(mask, self.dy), self.shape)
