@@ -1,0 +1,221 @@
+"""The privacy loss accountant against exact values, the reference settings and dp_accounting as an oracle."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+import statistics
+import time
+import tracemalloc
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from ghostgrad.accounting import (
+    BestOf,
+    Gaussian,
+    Laplace,
+    Opaque,
+    PLDAccountant,
+    PoissonSampled,
+    PRVAccountant,
+    RDPAccountant,
+    _solvers,
+)
+from ghostgrad.accounting._closed_forms import gaussian_delta, gaussian_epsilon, sampled_delta
+from ghostgrad.accounting._convolution import Composition, Convolution
+from ghostgrad.accounting._pairs import FixedSize, GaussianBase, Sampled
+
+ROWS = list(csv.DictReader((Path(__file__).parent / "reference_epsilons.csv").read_text().splitlines()))
+# Three rows hold the mean of the privacy loss where epsilon should be; the test after the grid proves it.
+MISTAKEN = "[[0.1, 0.4, 1000000]]"
+
+
+def _accountant(phases: str, **options: Any) -> PLDAccountant:
+    accountant = PLDAccountant(**options)
+    for rate, sigma, steps in json.loads(phases):
+        accountant.step(noise_multiplier=sigma, sample_rate=rate, steps=steps)
+    return accountant
+
+
+def _floor(row: dict[str, str]) -> float:
+    return max(float(row["eps_exact"] or 0.0), float(row["eps_lower"] or 0.0))
+
+
+def test_reference_grid_is_never_below_truth_within_one_per_cent_and_fast() -> None:
+    times = []
+    for row in ROWS:
+        start = time.perf_counter()
+        epsilon = _accountant(row["phases"]).get_epsilon(float(row["delta"]))
+        times.append(time.perf_counter() - start)
+        assert epsilon >= _floor(row), row
+        best = float(row["eps_exact"] or row["eps_upper_best_known"])
+        if best > 0.01 and row["phases"] != MISTAKEN:
+            assert epsilon <= 1.01 * best, row
+    assert statistics.median(times) < 0.1
+    assert max(times) < 5.0
+
+
+def test_bounds_bracket_the_truth_on_every_fourth_reference_setting() -> None:
+    for row in ROWS[::4]:
+        bounds = _accountant(row["phases"]).get_bounds(float(row["delta"]))
+        assert bounds.lower <= bounds.upper, row
+        if row["eps_exact"]:
+            exact = float(row["eps_exact"])
+            assert bounds.lower <= exact * (1 + 1e-8) + 1e-12, row
+            assert bounds.upper >= exact, row
+
+
+def test_reference_rows_that_hold_the_mean_loss_are_below_the_truth() -> None:
+    """At epsilon = mean loss, delta is about a half, not 1e-6: simulate the mean of a step's loss."""
+    rng = np.random.default_rng(0)
+    rate, sigma, steps = 0.1, 0.4, 1_000_000
+    x = sigma * rng.standard_normal(2_000_000) + (rng.random(2_000_000) < rate)
+    loss = np.logaddexp(np.log1p(-rate), np.log(rate) + (2 * x - 1) / (2 * sigma**2))
+    row = next(row for row in ROWS if row["phases"] == MISTAKEN)
+    assert steps * loss.mean() == pytest.approx(float(row["eps_upper_best_known"]), rel=0.02)
+    z = (_accountant(MISTAKEN).get_epsilon(1e-6) - steps * loss.mean()) / (math.sqrt(steps) * loss.std())
+    assert z == pytest.approx(4.75, abs=2.5)  # the normal quantile of 1e-6, where the reference has 0
+
+
+@pytest.mark.parametrize("row", [r for r in ROWS if r["eps_pld_replace_one"]][::3], ids=lambda r: r["phases"][:40])
+def test_replace_one_agrees_with_dp_accounting(row: dict[str, str]) -> None:
+    accountant = _accountant(row["phases"], neighbouring="replace-one")
+    assert accountant.get_bounds(1e-5).neighbouring == "replace-one"
+    assert accountant.get_epsilon(float(row["delta"])) == pytest.approx(float(row["eps_pld_replace_one"]), rel=1e-3)
+
+
+@pytest.mark.parametrize("delta", [1e-3, 1e-8, 1e-12, 1e-30])
+@pytest.mark.parametrize(("sigma", "steps"), [(0.4, 1), (1.0, 7), (10.0, 300)])
+def test_convolution_is_above_the_exact_gaussian_and_close(sigma: float, steps: int, delta: float) -> None:
+    composition = Composition(((Sampled(GaussianBase(sigma), 1.0), steps),))
+    lower, upper, _ = Convolution((composition,)).epsilon(delta, with_lower=True)
+    exact = gaussian_epsilon(math.sqrt(steps) / sigma, delta)
+    assert lower <= exact <= upper <= exact * (1 + 1e-3)
+
+
+@pytest.mark.parametrize("remove", [True, False])
+@pytest.mark.parametrize(("rate", "sigma"), [(0.01, 0.5), (0.3, 1.0), (0.9, 3.0)])
+def test_convolution_of_one_sampled_step_is_above_its_closed_form(rate: float, sigma: float, remove: bool) -> None:
+    composition = Composition(((Sampled(GaussianBase(sigma), rate, remove), 1),))
+    for epsilon in (0.0, 0.01, 0.3, 2.0):
+        exact = sampled_delta(epsilon, rate, sigma, remove)
+        upper = Convolution((composition,)).delta(epsilon)[1]
+        assert exact <= upper
+        if exact > 1e-3 * sampled_delta(0.0, rate, sigma, remove):  # not at the very end of the losses
+            assert upper <= exact * 1.01
+
+
+def test_fixed_size_sample_has_the_closed_form_of_its_dominating_pair() -> None:
+    rate, sigma = 0.05, 3.0
+    composition = Composition(((FixedSize(GaussianBase(sigma / 2), rate), 1),))
+    for epsilon in (0.0, 0.02, 0.1):
+        exact = rate * gaussian_delta(math.log1p(math.expm1(epsilon) / rate), 2.0 / sigma)
+        assert exact <= Convolution((composition,)).delta(epsilon)[1] <= exact * 1.01
+
+
+def test_contour_and_convolution_agree() -> None:
+    releases = _solvers.sort_releases({(0.02, 1.5): 700, (0.1, 3.0): 40}, {Gaussian(6.0): 2}, False)
+    line, mesh = _solvers.contour(releases), _solvers.convolution(releases, 1e-4)
+    assert line is not None
+    assert mesh is not None
+    for delta in (1e-3, 1e-7, 1e-12):
+        exact = line.epsilon(delta)
+        assert exact is not None
+        assert exact[0] <= mesh.epsilon(delta)[1] <= exact[1] * (1 + 5e-4)
+
+
+def test_small_deltas_of_many_steps_stay_above_the_truth() -> None:
+    """Round-off puts a plain transform below the truth here; the Gaussian limit of rate 1 gives the truth."""
+    accountant = PLDAccountant()
+    accountant.step(noise_multiplier=300.0, sample_rate=1.0, steps=100_000)
+    for delta in (1e-6, 1e-12, 1e-30):
+        assert accountant.get_epsilon(delta) >= gaussian_epsilon(math.sqrt(100_000) / 300.0, delta)
+
+
+def test_memory_stays_below_half_a_gigabyte() -> None:
+    accountant = _accountant("[[1e-05, 0.6, 1000000]]")
+    tracemalloc.start()
+    try:
+        bounds = accountant.get_bounds(1e-5)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert bounds.method == "convolution"
+    assert peak < 500e6
+
+
+@pytest.fixture(scope="module")
+def oracle() -> Any:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return pytest.importorskip("dp_accounting.pld.privacy_loss_distribution")
+
+
+MIXED: list[tuple[str, list[tuple[Any, int]], Callable[[Any], list[tuple[Any, int]]]]] = [
+    ("laplace", [(Laplace(2.0), 10)], lambda o: [(o.from_laplace_mechanism(2.0), 10)]),
+    (
+        "sampled laplace",
+        [(PoissonSampled(0.1, Laplace(1.0)), 50)],
+        lambda o: [(o.from_laplace_mechanism(1.0, sampling_prob=0.1), 50)],
+    ),
+    (
+        "training, two metrics and a histogram",
+        [(PoissonSampled(0.01, Gaussian(1.0)), 1000), (Opaque(0.5, 1e-8), 2), (Laplace(4.0), 3), (Gaussian(5.0), 2)],
+        lambda o: [
+            (o.from_gaussian_mechanism(1.0, sampling_prob=0.01), 1000),
+            (o.from_privacy_parameters(o.common.DifferentialPrivacyParameters(0.5, 1e-8)), 2),
+            (o.from_laplace_mechanism(4.0), 3),
+            (o.from_gaussian_mechanism(5.0), 2),
+        ],
+    ),
+]
+
+
+@pytest.mark.parametrize(("name", "events", "build"), MIXED, ids=[case[0] for case in MIXED])
+def test_mixed_ledgers_agree_with_dp_accounting(
+    name: str, events: list[tuple[Any, int]], build: Callable[[Any], list[tuple[Any, int]]], oracle: Any
+) -> None:
+    accountant, renyi = PLDAccountant(), RDPAccountant()
+    for event, count in events:
+        accountant.record(event, count)
+    renyi.ledger = accountant.ledger
+    whole = None
+    for part, count in build(oracle):
+        composed = part.self_compose(count)
+        whole = composed if whole is None else whole.compose(composed)
+    expected = whole.get_epsilon_for_delta(1e-6)
+    bounds = accountant.get_bounds(1e-6)
+    assert bounds.upper == pytest.approx(expected, rel=2e-4)
+    assert bounds.lower <= bounds.upper <= renyi.get_epsilon(1e-6)
+
+
+def test_many_distinct_sigmas_are_bucketed_towards_more_loss() -> None:
+    accountant = PLDAccountant()
+    for sigma in np.linspace(0.8, 1.2, 2000):
+        accountant.step(noise_multiplier=float(sigma), sample_rate=0.01)
+    bounds = accountant.get_bounds(1e-6)
+    assert bounds.method == "contour inversion"
+    assert 0.99 * bounds.upper <= bounds.lower < bounds.upper
+
+
+def test_tiny_sigma_and_tuning_fall_back_to_the_renyi_bound() -> None:
+    for event in (PoissonSampled(0.01, Gaussian(0.03)), BestOf(PoissonSampled(0.01, Gaussian(2.0)), 1.0, 0.1)):
+        accountant, renyi = PLDAccountant(), RDPAccountant()
+        accountant.record(event, 5)
+        renyi.record(event, 5)
+        assert accountant.get_bounds(1e-5).method == "rdp"
+        assert accountant.get_epsilon(1e-5) == renyi.get_epsilon(1e-5)
+
+
+def test_method_of_a_plain_answer_is_named_and_prv_is_the_same() -> None:
+    accountant, other = PLDAccountant(), PRVAccountant()
+    for held in (accountant, other):
+        held.step(noise_multiplier=2.0, sample_rate=1.0, steps=4)
+    assert accountant.get_bounds(1e-5).method == "closed form"
+    assert accountant.get_epsilon(1e-5) == other.get_epsilon(1e-5)
