@@ -9,9 +9,12 @@ from ghostgrad.errors import ConfigurationError
 
 
 def _real(name: str, value: object) -> float:
-    if isinstance(value, bool) or not isinstance(value, Real):
+    if type(value) is float:  # the usual case, asked at every step
+        number = value
+    elif isinstance(value, bool) or not isinstance(value, Real):
         raise ConfigurationError(f"{name}={value!r} is not a real number; pass a float.")
-    number = float(value)
+    else:
+        number = float(value)
     if not math.isfinite(number):
         raise ConfigurationError(
             f"{name}={number} is not finite, so no privacy can be computed from it; pass a number."
@@ -65,7 +68,7 @@ def check_noise(noise_multiplier: object, name: str = "noise_multiplier") -> flo
 
 def check_count(count: object, name: str = "steps") -> int:
     """Return ``count`` as an int >= 0; raise ``ConfigurationError`` otherwise."""
-    if isinstance(count, bool) or not isinstance(count, Integral):
+    if type(count) is not int and (isinstance(count, bool) or not isinstance(count, Integral)):
         whole = isinstance(count, Real) and math.isfinite(float(count)) and float(count).is_integer()
         if isinstance(count, bool) or not whole:
             raise ConfigurationError(f"{name}={count!r} is not a whole number; pass an int >= 0.")

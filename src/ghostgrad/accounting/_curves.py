@@ -25,7 +25,7 @@ from ghostgrad.errors import ConfigurationError
 Array = NDArray[np.float64]
 
 MAX_EXACT_PAIRS = 64  # distinct (rate, sigma) up to which every one is computed
-_SIGMA_NODES = 160
+_SIGMA_NODES = 128
 _KAPPA = 5.0
 
 
@@ -197,8 +197,8 @@ def _many_curves(rates: Array, precisions: Array, counts: Array, orders: Array) 
     above it; and the mean of ``log`` of a chord over a cell is at most the log at the mean weights (Jensen).
     """
     few = len(np.unique(rates)) <= 8
-    q_nodes, q_cell, q_weight = _nodes_and_weights(rates, 8 if few else 12)
-    s_nodes, s_cell, s_weight = _nodes_and_weights(precisions, max(8, _SIGMA_NODES // len(q_nodes)))
+    q_nodes, q_cell, q_weight = _nodes_and_weights(rates, 8 if few else 14)
+    s_nodes, s_cell, s_weight = _nodes_and_weights(precisions, max(18, _SIGMA_NODES // len(q_nodes)))
     cells, member = np.unique(q_cell * len(s_nodes) + s_cell, return_inverse=True)
     size = np.bincount(member, counts)
     mixed = np.full((len(cells), len(orders)), -np.inf)

@@ -166,8 +166,11 @@ _TYPES: dict[str, Any] = {
 }
 
 
+_KINDS = frozenset(_TYPES.values())
+
+
 def _need_event(event: object) -> None:
-    if type(event).__name__ not in _TYPES or not isinstance(event, _TYPES[type(event).__name__]):
+    if type(event) not in _KINDS:
         raise ConfigurationError(f"event={event!r} is not an accounting event; use one of: {', '.join(_TYPES)}.")
 
 
