@@ -44,7 +44,9 @@ def group_norm(call: Call) -> dict[str, Use]:
 def instance_norm(call: Call) -> dict[str, Use]:
     """Scale and shift per channel, each channel of each record normalised by itself."""
     norm: Any = call.module
-    return _per_channel(call, F.instance_norm(call.input, eps=norm.eps), norm._get_no_batch_dim() + 1)
+    dims = norm._get_no_batch_dim() + 1
+    call.rows.images(call.input, dims)  # checked first: without a batch dimension channels would be normalised
+    return _per_channel(call, F.instance_norm(call.input, eps=norm.eps), dims)
 
 
 def _per_channel(call: Call, normalised: Tensor, dims: int | None) -> dict[str, Use]:
