@@ -20,7 +20,14 @@ THIN = [
 PLACES = {
     "ghostgrad": ["BatchMemoryManager", "DPDataLoader", "DPOptimizer", "ModuleValidator", "PrivacyEngine"],
     "ghostgrad.privacy_engine": ["PrivacyEngine"],
-    "ghostgrad.accountants": ["IAccountant", "RDPAccountant", "create_accountant", "register_accountant"],
+    "ghostgrad.accountants": [
+        "GaussianAccountant",
+        "IAccountant",
+        "PRVAccountant",
+        "RDPAccountant",
+        "create_accountant",
+        "register_accountant",
+    ],
     "ghostgrad.accountants.utils": ["get_noise_multiplier"],
     "ghostgrad.data_loader": ["DPDataLoader"],
     "ghostgrad.optimizers": ["DPOptimizer"],
