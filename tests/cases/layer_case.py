@@ -84,7 +84,8 @@ class Case:
         *inputs, target = batch
         total = torch.zeros_like(target)
         for out in floats(self.run(model, *inputs)):
-            rows = out.movedim(self.out_dim, 0).reshape(len(target), -1)
+            rows = out.movedim(self.out_dim, 0)
+            rows = rows.flatten(1) if rows.dim() > 1 else rows.unsqueeze(1)
             weights = torch.cos(torch.arange(rows.shape[1], device=rows.device)).to(rows.dtype)
             total = total + ((rows - target.unsqueeze(1)).square() * weights + rows * weights.flip(0)).sum(1)
         return total

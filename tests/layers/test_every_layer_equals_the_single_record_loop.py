@@ -56,6 +56,13 @@ def test_a_batch_in_uneven_pieces_of_a_memory_manager(case, mode):
     assert_same_gradients(found, expected, relative=1e-9)
 
 
+@pytest.mark.parametrize(("case", "mode"), EVERY_MODE[::3], ids=str)  # each mode meets a quarter of the cases
+def test_empty_parts_of_a_batch_add_nothing(case, mode):
+    each, bound = truth(case)
+    found = step_by_hand(case, mode, max_grad_norm=bound, parts=(0, 3, 0, 4, 0))
+    assert_same_gradients(found, expected_gradient(each, bound, expected_batch_size=RECORDS), relative=1e-9)
+
+
 @pytest.mark.parametrize("case", [case for case in ALL if not case.generic], ids=str)
 def test_what_the_generic_rule_cannot_run_is_refused_by_name(case):
     with pytest.raises(UnsupportedModuleError, match=r"^bag: "):
