@@ -46,7 +46,7 @@ class Case:
         dims: the batch dimension of each input.
         out_dim: the batch dimension of the outputs.
         batch_first: as in ``make_private``.
-        generic: whether the generic rule can answer for it too; where not, functorch mode refuses it.
+        generic: whether the generic rule can surely answer for it too; where not, functorch mode may refuse it.
     """
 
     name: str
