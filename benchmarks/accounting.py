@@ -232,7 +232,7 @@ def draw(ratios: dict[str, list[tuple[float, float]]], answer: dict[str, float])
         above = [(x, max(y, 1e-9)) for x, y in ratios[name] if y >= 0.0]
         left.loglog(*zip(*above, strict=True), ".", markersize=4, color=colours[name], label=name)
     left.set(xlabel="exact epsilon", ylabel="epsilon / exact - 1", title="above the truth")
-    left.legend(fontsize=7, loc="lower left")
+    left.legend(fontsize=7, loc="upper right")
     for name in ("Opacus GDP", "dp_accounting PLD", "Opacus PRV", "ghostgrad PLD"):
         short = [(x, -y) for x, y in ratios[name] if y < -1e-8]
         if short:

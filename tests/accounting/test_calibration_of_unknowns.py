@@ -33,11 +33,11 @@ def test_fifty_random_targets_are_met_by_the_privacy_loss_accountant() -> None:
     for _ in range(50):
         target, delta = float(np.exp(rng.uniform(np.log(0.01), np.log(100)))), float(10 ** rng.uniform(-10, -4))
         rate, steps = float(10 ** rng.uniform(-4, 0)), int(10 ** rng.uniform(0, 5))
-        start = time.perf_counter()
+        start = time.process_time()
         sigma = get_noise_multiplier(
             target_epsilon=target, target_delta=delta, sample_rate=rate, steps=steps, accountant="pld"
         )
-        assert time.perf_counter() - start < 3.0  # 1.5 s on a quiet core
+        assert time.process_time() - start < 1.5
         assert target * (1 - 1e-4) <= _epsilon("pld", sigma, rate, steps, delta) <= target
 
 
@@ -71,6 +71,15 @@ def test_epochs_stand_for_steps() -> None:
     )
     rate = get_sample_rate(**common, noise_multiplier=1.0, epochs=5)
     assert _epsilon("rdp", 1.0, rate, round(5 / rate), 1e-5) <= 2.0
+
+
+def test_an_accountant_s_ledger_and_options_count() -> None:
+    spent = PLDAccountant(neighbouring="replace-one")
+    spent.step(noise_multiplier=1.5, sample_rate=0.01, steps=500)
+    sigma = get_noise_multiplier(target_epsilon=3.0, target_delta=1e-5, sample_rate=0.01, steps=1000, accountant=spent)
+    assert len(spent) == 500
+    spent.step(noise_multiplier=sigma, sample_rate=0.01, steps=1000)
+    assert 3.0 * (1 - 1e-4) <= spent.get_epsilon(1e-5) <= 3.0
 
 
 def test_attack_success_is_calibrated() -> None:

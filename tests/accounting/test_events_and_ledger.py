@@ -73,10 +73,10 @@ def test_a_million_equal_steps_are_one_entry() -> None:
 
 def test_appending_distinct_steps_is_fast() -> None:
     accountant = RDPAccountant()
-    start = time.perf_counter()
+    start = time.process_time()
     for index in range(20_000):
         accountant.step(noise_multiplier=1.0 + index * 1e-5, sample_rate=0.01)
-    assert time.perf_counter() - start < 1.5
+    assert time.process_time() - start < 1.5
     assert len(accountant) == 20_000
 
 

@@ -40,11 +40,11 @@ def test_epsilon_on_the_reference_grid_is_never_below_truth_and_as_tight_as_dp_a
     for row in ROWS:
         accountant = _accountant(row["phases"])
         curves._cached_moment.cache_clear()
-        start = time.perf_counter()
+        start = time.process_time()
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", AccountingWarning)
             epsilon = accountant.get_epsilon(float(row["delta"]))
-        times.append(time.perf_counter() - start)
+        times.append(time.process_time() - start)
         floor = max(float(row["eps_exact"] or 0.0), float(row["eps_lower"] or 0.0))
         assert epsilon >= floor, row
         if row["eps_rdp_dp_accounting"]:
@@ -67,11 +67,11 @@ def test_quadrature_and_binomial_sum_agree_at_whole_orders(rate: float, sigma: f
 
 def test_hundred_thousand_distinct_sigmas_take_seconds_and_stay_tight(monkeypatch: pytest.MonkeyPatch) -> None:
     accountant = RDPAccountant()
-    start = time.perf_counter()
+    start = time.process_time()
     for sigma in np.linspace(0.6, 3.0, 100_000):
         accountant.step(noise_multiplier=float(sigma), sample_rate=0.001)
     epsilon = accountant.get_epsilon(1e-5)
-    assert time.perf_counter() - start < 4.0  # 2 s on a quiet core
+    assert time.process_time() - start < 2.0
     monkeypatch.setattr(curves, "_SIGMA_NODES", 640)
     finer = RDPAccountant()
     finer.ledger = accountant.ledger
@@ -129,9 +129,9 @@ def test_calibrated_noise_never_overshoots() -> None:
     for _ in range(50):
         target, delta = float(np.exp(rng.uniform(np.log(0.01), np.log(100)))), float(10 ** rng.uniform(-10, -4))
         rate, steps = float(10 ** rng.uniform(-4, 0)), int(10 ** rng.uniform(0, 5))
-        start = time.perf_counter()
+        start = time.process_time()
         sigma = get_noise_multiplier(target_epsilon=target, target_delta=delta, sample_rate=rate, steps=steps)
-        assert time.perf_counter() - start < 1.0  # 0.3 s on a quiet core
+        assert time.process_time() - start < 0.3
         accountant = RDPAccountant()
         accountant.record(PoissonSampled(rate, Gaussian(sigma)), steps)
         assert target * (1 - 1e-4) <= accountant.get_epsilon(delta) <= target

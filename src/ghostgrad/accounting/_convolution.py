@@ -94,10 +94,12 @@ def pilot_at_delta(composition: Composition, delta: float) -> Pilot:
     return Pilot(composition, curve, at, epsilon, math.log(delta), tail)
 
 
-def pilot_at_epsilon(composition: Composition, epsilon: float) -> Pilot:
-    """Look for delta at ``epsilon``."""
-    _, bound = saddle_at_epsilon(_GRID, composition.table(1e-15 / composition.steps), epsilon)
-    tail = _TAIL * math.exp(max(min(bound - 4.0, 0.0), -600.0)) / composition.steps
+def pilot_at_epsilon(composition: Composition, epsilon: float, expected: float | None = None) -> Pilot:
+    """Look for delta at ``epsilon``; ``expected`` is a delta seen already, below which the tail can stay."""
+    if expected is None:
+        _, bound = saddle_at_epsilon(_GRID, composition.table(1e-15 / composition.steps), epsilon)
+        expected = math.exp(max(min(bound - 4.0, 0.0), -600.0))
+    tail = 0.5 * _TAIL * expected / composition.steps
     curve = composition.table(tail)
     at, bound = saddle_at_epsilon(_GRID, curve, epsilon)
     return Pilot(composition, curve, at, epsilon, bound, tail)
@@ -277,9 +279,18 @@ class Convolution:
         for pilot in pilots:
             if highest > 0.0 and pilot.log_delta < math.log(highest) - 0.05:
                 continue
-            excess = 0.01 * self.tolerance / float(_GRID[pilot.at])  # delta then exceeds by a share of 0.01 tolerance
-            if epsilon > 0.0:
-                excess = min(excess, self.tolerance * epsilon / 8.0)
-            total = compose(pilot.composition, mesh_for(pilot, epsilon, excess), epsilon)
-            highest = max(highest, total.delta(epsilon) * (1.0 + _ROUNDING))
+            total = self._read(pilot, epsilon)
+            value = total.delta(epsilon)
+            if 0.0 < value and total.infinite > 0.5 * _TAIL * value:  # the Chernoff look was far above
+                finite = max(value - total.infinite, 1e-3 * value)
+                value = min(
+                    value, self._read(pilot_at_epsilon(pilot.composition, epsilon, finite), epsilon).delta(epsilon)
+                )
+            highest = max(highest, value * (1.0 + _ROUNDING))
         return 0.0, min(1.0, highest)
+
+    def _read(self, pilot: Pilot, epsilon: float) -> Total:
+        excess = 0.01 * self.tolerance / float(_GRID[pilot.at])  # delta then exceeds by a share of 0.01 tolerance
+        if epsilon > 0.0:
+            excess = min(excess, self.tolerance * epsilon / 8.0)
+        return compose(pilot.composition, mesh_for(pilot, epsilon, excess), epsilon)

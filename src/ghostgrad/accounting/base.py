@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -125,6 +126,11 @@ class Accountant(ABC):
         choose("mechanism", str(state_dict["mechanism"]), _REGISTRY)
         plain = state_dict.get("ledger")
         self.ledger = _from_history(state_dict["history"]) if plain is None else Ledger.from_state_dict(plain)
+
+
+def fresh(accountant: str | Accountant) -> Accountant:
+    """Return an accountant to try things on: new by name, or a copy of one with its ledger and options."""
+    return copy.deepcopy(accountant) if isinstance(accountant, Accountant) else create_accountant(accountant)
 
 
 def _from_history(entries: Iterable[tuple[float, float, int]]) -> Ledger:

@@ -1,4 +1,7 @@
-"""Calibration: the one unknown that meets a target, bracketed and never above it."""
+"""Calibration: the one unknown that meets a target, bracketed and never above it.
+
+``accountant`` is a name, or an accountant whose options are kept and whose ledger is already spent (it is not changed).
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,7 @@ from collections.abc import Callable
 
 from ghostgrad.accounting._attacks import true_positive_bound
 from ghostgrad.accounting._checks import check_count, check_delta, check_noise, check_positive, check_rate
-from ghostgrad.accounting.base import AccountingWarning, create_accountant
+from ghostgrad.accounting.base import Accountant, AccountingWarning, fresh
 from ghostgrad.errors import ConfigurationError
 
 TOLERANCE = 1e-4
@@ -40,7 +43,7 @@ def get_noise_multiplier(
     sample_rate: float,
     steps: int | None = None,
     epochs: float | None = None,
-    accountant: str = "rdp",
+    accountant: str | Accountant = "rdp",
 ) -> float:
     """Return the smallest noise multiplier whose epsilon is at most ``target_epsilon``, within 1e-4 relative below it.
 
@@ -62,7 +65,12 @@ def get_noise_multiplier(
 
 
 def get_steps(
-    *, target_epsilon: float, target_delta: float, sample_rate: float, noise_multiplier: float, accountant: str = "rdp"
+    *,
+    target_epsilon: float,
+    target_delta: float,
+    sample_rate: float,
+    noise_multiplier: float,
+    accountant: str | Accountant = "rdp",
 ) -> int:
     """Return the largest number of steps whose epsilon is at most ``target_epsilon``.
 
@@ -107,7 +115,7 @@ def get_sample_rate(
     noise_multiplier: float,
     steps: int | None = None,
     epochs: float | None = None,
-    accountant: str = "rdp",
+    accountant: str | Accountant = "rdp",
 ) -> float:
     """Return the largest sample rate whose epsilon is at most ``target_epsilon``, within 1e-4 relative below it.
 
@@ -147,7 +155,7 @@ def get_batch_size(
     noise_multiplier: float,
     steps: int | None = None,
     epochs: float | None = None,
-    accountant: str = "rdp",
+    accountant: str | Accountant = "rdp",
 ) -> int:
     """Return the largest expected batch size whose epsilon is at most ``target_epsilon``.
 
@@ -183,7 +191,7 @@ def get_noise_multiplier_for_attack(
     advantage: float | None = None,
     tpr: float | None = None,
     fpr: float | None = None,
-    accountant: str = "pld",
+    accountant: str | Accountant = "pld",
 ) -> float:
     """Return the smallest noise multiplier under which every membership attack stays below a success.
 
@@ -211,7 +219,7 @@ def get_noise_multiplier_for_attack(
             raise ConfigurationError(f"{what} is what guessing reaches; ask for tpr above fpr={at}.")
 
     def success(sigma: float) -> float:
-        held = create_accountant(accountant)
+        held = fresh(accountant)
         held.step(noise_multiplier=sigma, sample_rate=rate, steps=count)
         return held.get_delta(0.0) if advantage is not None else true_positive_bound(held, at)
 
@@ -228,8 +236,8 @@ def _plan(sample_rate: float, steps: int | None, epochs: float | None) -> tuple[
     return rate, count
 
 
-def _epsilon(accountant: str, sigma: float, rate: float, count: int, delta: float) -> float:
-    held = create_accountant(accountant)
+def _epsilon(accountant: str | Accountant, sigma: float, rate: float, count: int, delta: float) -> float:
+    held = fresh(accountant)
     held.step(noise_multiplier=sigma, sample_rate=rate, steps=count)
     with warnings.catch_warnings():
         warnings.simplefilter(

@@ -18,7 +18,7 @@ from ghostgrad.accounting._solvers import (
 )
 from ghostgrad.accounting.base import Accountant, AccountingWarning, Bounds
 from ghostgrad.accounting.rdp import RDPAccountant, readable_others
-from ghostgrad.errors import choose
+from ghostgrad.errors import ConfigurationError, choose
 
 
 class PLDAccountant(Accountant):
@@ -87,6 +87,8 @@ class PLDAccountant(Accountant):
             lower, upper, method = found
         else:
             lower, upper, method = found or (0.0, math.inf, "none")
+            if found is None and renyi is None:
+                raise _no_bound(self.neighbouring)
             bound = self._renyi_epsilon(renyi, delta)
             if bound < upper:
                 upper, method = bound, "rdp"
@@ -132,6 +134,8 @@ class PLDAccountant(Accountant):
         if releases.empty:
             return infinite
         upper = self._solve_delta(releases, epsilon)
+        if upper is None and renyi is None:
+            raise _no_bound(self.neighbouring)
         total = 1.0 if upper is None else infinite + (1.0 - infinite) * upper
         return min(total, renyi.get_delta(epsilon)) if renyi is not None else total
 
@@ -157,6 +161,13 @@ class PRVAccountant(PLDAccountant):
     """
 
     mechanism: ClassVar[str] = "prv"
+
+
+def _no_bound(neighbouring: str) -> ConfigurationError:
+    return ConfigurationError(
+        f"neighbouring={neighbouring!r} has no bound for this ledger (a sampled sigma below {SMALLEST_SIGMA}, sampled "
+        'Laplace noise or BestOf); ask for "add-or-remove-one".'
+    )
 
 
 def _warn_coarse(epsilon: float, excess: float) -> None:

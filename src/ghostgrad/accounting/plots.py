@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ghostgrad.accounting._checks import check_delta
-from ghostgrad.accounting.base import Accountant, create_accountant
+from ghostgrad.accounting.base import Accountant, fresh
+from ghostgrad.accounting.ledger import Ledger
 from ghostgrad.accounting.reading import privacy_profile, trade_off
 from ghostgrad.errors import MissingDependencyError
 
@@ -37,7 +38,8 @@ def plot_epsilon(accountant: Accountant, delta: float, axes: Axes | None = None,
     'steps'
     """
     delta, drawn = check_delta(delta), _axes(axes)
-    held, total = create_accountant(accountant.mechanism), len(accountant)
+    held, total = fresh(accountant), len(accountant)
+    held.ledger = Ledger()
     marks = np.unique(np.round(np.linspace(0, total, points + 1)).astype(int)).tolist()
     steps, epsilons, done = [0], [0.0], 0
     for event, count in accountant.ledger:

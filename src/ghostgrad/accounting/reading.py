@@ -23,9 +23,8 @@ from ghostgrad.accounting._checks import (
     check_rate,
 )
 from ghostgrad.accounting._closed_forms import gaussian_delta
-from ghostgrad.accounting.base import Accountant, create_accountant
+from ghostgrad.accounting.base import Accountant, fresh
 from ghostgrad.accounting.calibration import most_steps
-from ghostgrad.accounting.ledger import Ledger
 from ghostgrad.errors import ConfigurationError
 
 Array = NDArray[np.float64]
@@ -188,11 +187,9 @@ def remaining_steps(
     sigma, rate = check_noise(noise_multiplier), check_rate(sample_rate)
     if rate == 0.0:
         raise ConfigurationError("sample_rate=0.0 costs nothing, so any number of steps remains.")
-    entries = accountant.ledger.state_dict()
 
     def epsilon(count: int) -> float:
-        copy = create_accountant(accountant.mechanism)
-        copy.ledger = Ledger.from_state_dict(entries)
+        copy = fresh(accountant)
         copy.step(noise_multiplier=sigma, sample_rate=rate, steps=check_count(count))
         return copy.get_epsilon(delta)
 
