@@ -116,15 +116,16 @@ def mesh_for(pilot: Pilot, centre: float, excess: float) -> Mesh:
     at = pilot.at if centre == pilot.epsilon else saddle_at_epsilon(_GRID, curve, centre)[0]
     at = _narrowest(curve, at, centre)
     low, high = _window(curve, at)
-    low = max(min(low, -1e-3 * centre), sum(count * span[0] for span, count in spans))
-    high = min(max(high, centre * 1.01), sum(count * span[1] for span, count in spans))
+    low, high = min(low, -1e-3 * centre), max(high, centre * 1.01)
+    least, most = (sum(count * span[side] for span, count in spans) for side in (0, 1))
     tilt, steps = float(_GRID[at]), composition.steps
     h = math.sqrt(12.0 * excess / (steps * (tilt + 1.0)))
     if centre > 0.0:
         h = min(h, centre / 50.0)
-    widest = max(high - low, *(span[1] - span[0] for span, _ in spans))
+    widest = max(min(high, most) - max(low, least), *(span[1] - span[0] for span, _ in spans))
     h = 2.0 ** max(math.floor(math.log2(h)), math.ceil(math.log2(widest / LARGEST)))
-    low, high = low - 2.0 * h, high + 2.0 * h
+    # A step's mass can lie up to two points outside its span; what lies outside the window would be read on its other side.
+    low, high = max(low, least - 2.0 * steps * h) - 2.0 * h, min(high, most + 2.0 * steps * h) + 2.0 * h
     return Mesh(tilt, h, low, high, tail, steps * (tilt + 1.0) * h * h / 8.0)
 
 
@@ -281,7 +282,7 @@ class Convolution:
                 continue
             total = self._read(pilot, epsilon)
             value = total.delta(epsilon)
-            if 0.0 < value and total.infinite > 0.5 * _TAIL * value:  # the Chernoff look was far above
+            if value > 0.0 and total.infinite > 0.5 * _TAIL * value:  # the Chernoff look was far above
                 finite = max(value - total.infinite, 1e-3 * value)
                 value = min(
                     value, self._read(pilot_at_epsilon(pilot.composition, epsilon, finite), epsilon).delta(epsilon)
