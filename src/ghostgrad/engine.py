@@ -215,8 +215,8 @@ class PrivacyEngine:
             epochs: passes over the loader that are planned; or
             total_steps: logical steps that are planned. Exactly one of the two.
             keep_budget: False lets the training go on past the budget. Default True.
-            max_grad_norm, criterion, batch_first, loss_reduction, poisson_sampling, clipping, grad_sample_mode, sample_rate,
-                expected_batch_size, accumulation_steps, noise_generator: as in `make_private`.
+
+        All further arguments are as in `make_private`.
 
         Raises:
             ConfigurationError: also when no noise reaches the target.
@@ -390,8 +390,8 @@ class PrivacyEngine:
     def get_compatible_module(module: nn.Module) -> nn.Module:
         """A copy in which what mixes records is replaced (`ModuleValidator.fix`): BatchNorm becomes GroupNorm.
 
-        >>> PrivacyEngine.get_compatible_module(torch.nn.Sequential(torch.nn.Linear(2, 32), torch.nn.BatchNorm1d(32)))[1]
-        GroupNorm(32, 32, eps=1e-05, affine=True)
+        >>> type(PrivacyEngine.get_compatible_module(torch.nn.BatchNorm2d(32))).__name__
+        'GroupNorm'
         """
         return ModuleValidator.fix_and_validate(module)
 

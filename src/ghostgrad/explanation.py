@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from torch import nn
 
 from ghostgrad.clipping import Mode
-from ghostgrad.layers import find_rule
 from ghostgrad.optimizer import DPOptimizer
 from ghostgrad.recording import Recorder
 
@@ -55,18 +54,22 @@ def explain(sessions: Sequence[tuple[nn.Module, Recorder, Mode, DPOptimizer]]) -
             f"grad_sample_mode={mode.value!r}, {optimizer!r}, noise by {optimizer.noise.name}; "
             f"{optimizer.spending.guarantee}"
         )
-        plans += [_plan(path, part, recorder, mode) for path, part in module.named_modules() if _trains(part)]
+        plans += [
+            _plan(path, part, recorder, mode) for path, part in module.named_modules() if _trains(path, part, recorder)
+        ]
     return Explanation("\n".join(headlines) or "nothing was made private yet", tuple(plans))
 
 
-def _trains(module: nn.Module) -> bool:
-    return any(p is not None and p.requires_grad for p in module._parameters.values())
+def _trains(path: str, module: nn.Module, recorder: Recorder) -> bool:
+    return any(p.requires_grad for p in recorder.modules.plan.claims(path, module).values())
 
 
 def _plan(path: str, module: nn.Module, recorder: Recorder, mode: Mode) -> ModulePlan:
+    plan = recorder.modules.plan
+    rule, claims, layout = plan.rule(path, module), plan.claims(path, module), plan.layouts.get(path)
     path = path or type(module).__name__
     seen = recorder.observed.get(path)
-    rule = None if recorder.generic_only else find_rule(module)
     route = ", ".join(f"{name}: {how}" for name, how in seen.routes.items()) if seen else "known after a batch"
-    count = sum(p.numel() for p in module._parameters.values() if p is not None and p.requires_grad)
-    return ModulePlan(path, type(module).__name__, rule.name if rule else "generic", route, count, _KEPT[mode])
+    count = sum(p.numel() for p in claims.values() if p.requires_grad)
+    name = rule.name if layout is None else f"{rule.name} ({layout.value})"
+    return ModulePlan(path, type(module).__name__, name, route, count, _KEPT[mode])

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Callable, Mapping, MutableMapping
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 
@@ -58,3 +59,22 @@ def tensors(tree: Any) -> list[Tensor]:
 
     map_tensors(note, tree)
     return found
+
+
+def flatten(tree: Any) -> tuple[list[Tensor], Callable[[Sequence[Tensor]], Any]]:
+    """The tensors in ``tree``, and a function that puts others in their places. It does not keep the tensors alive.
+
+    >>> import torch
+    >>> found, rebuild = flatten({"a": torch.zeros(2), "b": [torch.ones(1), "text"]})
+    >>> rebuild([t + 1 for t in found])
+    {'a': tensor([1., 1.]), 'b': [tensor([2.]), 'text']}
+    """
+    found = tensors(tree)
+    nothing = torch.empty(0)
+    skeleton = map_tensors(lambda tensor: nothing, tree)
+
+    def rebuild(new: Sequence[Tensor]) -> Any:
+        following = iter(new)
+        return map_tensors(lambda place: next(following), skeleton)
+
+    return found, rebuild

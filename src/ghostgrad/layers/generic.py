@@ -15,6 +15,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 from ghostgrad.errors import UnsupportedModuleError
 from ghostgrad.gradients import Explicit, Use
 from ghostgrad.layers.call import Call
+from ghostgrad.tree import flatten, tensors
 
 _TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-3, torch.bfloat16: 5e-2, torch.float16: 1e-2}
 """How far a record recomputed alone may be from the same record in the batch, relative to the largest output."""
@@ -32,9 +33,9 @@ def generic(call: Call) -> dict[str, Use]:
     Raises:
         UnsupportedModuleError: when inputs or outputs do not lead with the batch, or the recomputation differs.
     """
-    leaves, spec = tree_flatten((call.args, dict(call.kwargs)))
-    batched = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor) and _is_batched(call, leaf)]
-    if not batched:
+    leaves, rebuild = flatten((call.args, dict(call.kwargs)))
+    batched = [i for i, leaf in enumerate(leaves) if _is_batched(call, leaf)]
+    if leaves and not batched:
         raise UnsupportedModuleError(
             f"{call.path}: no input of this {type(call.module).__name__} leads with the {call.rows.n} records of the batch, "
             f"so its gradient cannot be attributed to them. Compute it inside a module whose inputs lead with the batch."
@@ -47,12 +48,12 @@ def generic(call: Call) -> dict[str, Use]:
         filled = list(leaves)
         for i, tensor in zip(batched, record, strict=True):
             filled[i] = tensor.movedim(0, call.rows.dim(leaves[i]) or 0)
-        args, kwargs = tree_unflatten(filled, spec)
+        args, kwargs = rebuild(filled)
         # Copies of the buffers: what a second run of the forward does to them must not show.
         buffers = {name: buffer.clone() for name, buffer in call.module.named_buffers()}
-        result = tree_flatten(functional_call(call.module, (parameters, buffers), args, kwargs))[0]
-        floating = [leaf for leaf in result if isinstance(leaf, Tensor) and leaf.is_floating_point()]
-        return tuple(floating[i].movedim(_output_dim(call, i), 0) for i in arrived)
+        result = tensors(functional_call(call.module, (parameters, buffers), args, kwargs))
+        floating = [leaf for leaf in result if leaf.is_floating_point()]
+        return tuple(_led(floating[i], call, i) for i in arrived)
 
     def record_gradient(record: list[Tensor], grad: list[Tensor]) -> tuple[dict[str, Tensor], tuple[Tensor, ...]]:
         parameters = {name: p.detach() for name, p in call.parameters.items()}
@@ -76,9 +77,12 @@ def _is_batched(call: Call, leaf: Tensor) -> bool:
     return leaf.dim() > 0 and call.rows.dim(leaf) is not None
 
 
-def _output_dim(call: Call, index: int) -> int:
+def _led(output: Tensor, call: Call, index: int) -> Tensor:
+    """An output for one record as [fold, ...]; one that knows no batch at all gets that dimension."""
     grad = call.grad_outputs[index]
-    return 0 if grad is None else call.rows.dim(grad) or 0
+    if grad is None or output.dim() < grad.dim():
+        return output.unsqueeze(0)
+    return output.movedim(call.rows.dim(grad) or 0, 0)
 
 
 def _each_record(gradient: Callable[..., Any], rows: list[Tensor], grads: list[Any]) -> Any:

@@ -14,6 +14,11 @@ RuleFunction = Callable[[Call], Mapping[str, Use]]
 """From a call to the uses it made of the module's own parameters, by local name."""
 
 
+def own_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters registered on the module itself, by local name."""
+    return {name: p for name, p in module._parameters.items() if p is not None}
+
+
 @dataclass(frozen=True)
 class Rule:
     """How the calls of one type of module become uses.
@@ -26,6 +31,10 @@ class Rule:
         least: the fewest dimensions of what such a module puts out: [n, f] of a linear layer is 2, and dimension 1 is not
             the records' even where the model is time-first and f happens to be n. None where the module's own batch is
             dimension 0 whatever the model's is.
+        claims: the parameters that it answers for, by name within the module; default the module's own. A module that uses
+            its children's weights without calling them claims these too.
+        output_dim: the batch dimension of the module's i-th floating-point output; None where `rows` can tell, -1 where
+            there is none to look at.
     """
 
     name: str
@@ -33,6 +42,8 @@ class Rule:
     parameters: frozenset[str] = frozenset({"weight", "bias"})
     refuses: Callable[[nn.Module], str | None] = lambda module: None
     least: Callable[[nn.Module], int | None] = lambda module: 1
+    claims: Callable[[nn.Module], Mapping[str, nn.Parameter]] = own_parameters
+    output_dim: Callable[[nn.Module, int], int | None] = lambda module, index: None
 
     def rows(self, module: nn.Module, rows: Rows) -> Rows:
         """Where the records are in the tensors of a module, given where they are in the model's."""

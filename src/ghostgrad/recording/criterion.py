@@ -70,7 +70,7 @@ def _check(
 ) -> bool:
     """Whether the check could be made: it needs two records and targets that lead with the batch."""
     found = tensors((args, kwargs))
-    n = count_records(args, kwargs, batch_first=batch_first) if found else 0
+    n = count_records(args, kwargs, None, batch_first=batch_first) if found else 0
     dim = 0 if batch_first else 1
     if n < 2 or not all(t.dim() > dim and t.shape[dim] == n for t in found if t.dim()):
         return False

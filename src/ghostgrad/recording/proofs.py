@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from ghostgrad.errors import PrivacyError
-from ghostgrad.layers import Rows
+from ghostgrad.layers import Call, Rows, Rule
 from ghostgrad.recording.rows import without_first
 from ghostgrad.tree import map_tensors, tensors
 
@@ -41,16 +41,19 @@ def mask_records(grads: Sequence[Tensor | None], rows: Rows, keep: Tensor) -> li
     return [None if grad is None else mask(grad) for grad in grads]
 
 
-def check_rows(grads: Sequence[Tensor | None], rows: Rows, keep: Tensor) -> None:
+def check_call(rule: Rule, call: Call, keep: Tensor) -> None:
     """At a probe, while only the records in ``keep`` have an output gradient: the other rows must have none.
 
     Raises:
         PrivacyError: when they do. Rows that are not finite are passed over: 0 * inf is not a leak.
     """
-    for grad in grads:
-        if grad is None:
+    rows = rule.rows(call.module, call.rows)
+    for index, grad in enumerate(call.grad_outputs):
+        dim = rule.output_dim(call.module, index)
+        if grad is None or dim == -1:
             continue
-        others = rows.split(grad)[~keep.to(grad.device)]
+        by_record = rows.split(grad) if dim is None else grad.movedim(dim, 0)
+        others = by_record[~keep.to(grad.device)]
         if bool((others[others.isfinite()] != 0).any()):
             raise PrivacyError(
                 f"{rows.path}: the gradient of one record reaches the rows of others, so clipping rows does not bound a "
@@ -61,33 +64,41 @@ def check_rows(grads: Sequence[Tensor | None], rows: Rows, keep: Tensor) -> None
 
 
 def check_forward(root: nn.Module, args: Any, kwargs: Any, n: int, *, batch_first: bool) -> None:
-    """Leave one record out of the forward: the outputs of the others must stay.
+    """Leave one record out of the forward: the outputs of the others must stay, and so must what is written to buffers.
 
-    Finds what gradients cannot see: detached batch statistics, expert capacity, statistics of the model's own input.
-    Runs the model in eval mode on copies, without touching its buffers or the random state. Models that draw random
-    numbers in eval mode too cannot be compared and are passed over.
+    Finds what gradients cannot see: detached batch statistics, expert capacity, statistics of the model's own input, sums
+    of records kept in a buffer. Runs the model on copies, in training mode (without dropout) and in eval mode; its buffers
+    and the random state stay untouched. A mode in which it draws random numbers cannot be compared and is passed over.
 
     Raises:
-        PrivacyError: when an output of a record depends on another record.
+        PrivacyError: when an output of a record, or a buffer, depends on another record.
     """
-
-    def run(batch: Any, seed: int) -> list[Tensor]:
-        torch.manual_seed(seed)
-        call_args, call_kwargs = map_tensors(lambda t: t.detach().clone(), batch)
-        buffers = {name: buffer.clone() for name, buffer in root.named_buffers()}
-        return [t for t in tensors(functional_call(root, buffers, call_args, call_kwargs)) if t.is_floating_point()]
-
-    with torch.no_grad(), torch.random.fork_rng(), _eval_mode(root):
-        try:
-            whole, again = run((args, kwargs), 0), run((args, kwargs), 1)
-            if any(not torch.equal(a.nan_to_num(), b.nan_to_num()) for a, b in zip(whole, again, strict=True)):
-                return
-            rest = run(without_first((args, kwargs), n, batch_first=batch_first), 0)
-        except (RuntimeError, ValueError, AssertionError, IndexError):
-            return  # the model does not run on fewer records; the gradient proof still holds it to its rows
     rows = Rows(n, batch_first, type(root).__name__)
-    for before, after in zip(whole, rest, strict=True):
-        _compare(rows, before, after)
+    batch = (args, kwargs)
+    rest = without_first(batch, n, batch_first=batch_first)
+    for training in (True, False):
+        with torch.no_grad(), torch.random.fork_rng(), _mode(root, training=training):
+            try:
+                whole, again = _forward(root, batch, seed=0), _forward(root, batch, seed=1)
+                if any(
+                    not torch.equal(a.nan_to_num(), b.nan_to_num()) for a, b in zip(whole[0], again[0], strict=True)
+                ):
+                    continue
+                without = _forward(root, rest, seed=0)
+            except (RuntimeError, ValueError, AssertionError, IndexError):
+                continue  # the model does not run on fewer records; the gradient proof still holds it to its rows
+        for before, after in zip(whole[0], without[0], strict=True):
+            _compare(rows, before, after)
+        _compare_buffers(rows.path, whole[1], without[1])
+
+
+def _forward(root: nn.Module, batch: Any, *, seed: int) -> tuple[list[Tensor], dict[str, Tensor]]:
+    """Floating-point outputs, and the buffers as the forward left them."""
+    torch.manual_seed(seed)
+    args, kwargs = map_tensors(lambda t: t.detach().clone(), batch)
+    buffers = {name: buffer.clone() for name, buffer in root.named_buffers()}
+    outputs = tensors(functional_call(root, buffers, args, kwargs))
+    return [t for t in outputs if t.is_floating_point()], buffers
 
 
 def _compare(rows: Rows, before: Tensor, after: Tensor) -> None:
@@ -96,9 +107,7 @@ def _compare(rows: Rows, before: Tensor, after: Tensor) -> None:
         return
     fold = before.shape[dim] // rows.n
     before = before.narrow(dim, fold, before.shape[dim] - fold)
-    finite = before.isfinite() & after.isfinite() if before.shape == after.shape else torch.zeros(1, dtype=torch.bool)
-    gap = (before - after)[finite].abs().max() if finite.any() else torch.zeros(())
-    if before.shape != after.shape or bool(gap > _TOLERANCE.get(before.dtype, 1e-3) * before[finite].abs().max()):
+    if before.shape != after.shape or not _close(before, after):
         raise PrivacyError(
             f"{rows.path}: the output for a record changes when another record leaves the batch, so a record's influence is "
             f"not bounded by clipping its own gradient. Remove what depends on the whole batch (statistics over the batch, "
@@ -106,13 +115,35 @@ def _compare(rows: Rows, before: Tensor, after: Tensor) -> None:
         )
 
 
+def _compare_buffers(path: str, before: dict[str, Tensor], after: dict[str, Tensor]) -> None:
+    for name, value in before.items():
+        if value.shape != after[name].shape or (value.is_floating_point() and not _close(value, after[name])):
+            raise PrivacyError(
+                f"{path}: the forward writes something of the records into the buffer {name!r}, which is saved with the "
+                f"model without any noise. Do not keep statistics of the data in the model, or freeze them (eval mode)."
+            )
+
+
+def _close(before: Tensor, after: Tensor) -> bool:
+    finite = before.isfinite() & after.isfinite()
+    if not bool(finite.any()):
+        return True
+    gap = (before - after)[finite].abs().max()
+    return bool(gap <= _TOLERANCE.get(before.dtype, 1e-3) * before[finite].abs().max())
+
+
 @contextmanager
-def _eval_mode(root: nn.Module) -> Iterator[None]:
-    training = [module for module in root.modules() if module.training]
+def _mode(root: nn.Module, *, training: bool) -> Iterator[None]:
+    """Everything in eval mode, or, for ``training``, only dropout."""
+    switched = [
+        module
+        for module in root.modules()
+        if module.training and (not training or isinstance(module, nn.modules.dropout._DropoutNd))
+    ]
     try:
-        for module in training:
+        for module in switched:
             module.training = False
         yield
     finally:
-        for module in training:
+        for module in switched:
             module.training = True

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum, auto
 from typing import Any, Protocol
@@ -12,20 +11,19 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 from torch.autograd import Variable
-from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from ghostgrad.errors import PrivacyError, UnsupportedModuleError
 from ghostgrad.gradients import Use
-from ghostgrad.layers import Call, Rows, Rule, find_rule, generic
+from ghostgrad.layers import Call, Rows, Rule
 from ghostgrad.recording import proofs
 from ghostgrad.recording.hooks import Hook
 from ghostgrad.recording.losses import watch
-from ghostgrad.recording.probe import Boundary, Probe
+from ghostgrad.recording.modules import Modules
+from ghostgrad.recording.probe import Boundary
+from ghostgrad.recording.rehearsal import Rehearsal
 from ghostgrad.recording.rows import count_records, no_rows, one_row_of_zeros
 from ghostgrad.recording.tape import Delivery, Recording, Tape
-from ghostgrad.tree import map_tensors, tensors
-
-_GENERIC = Rule("generic", generic, frozenset())
+from ghostgrad.tree import flatten, map_tensors, tensors
 
 
 class Phase(Enum):
@@ -94,18 +92,15 @@ class Recorder:
         loss_reduction: str = "mean",
     ) -> None:
         self.root, self.sink, self.delivery = root, sink, delivery
-        self.batch_first, self.generic_only, self.loss_reduction = batch_first, generic_only, loss_reduction
+        self.batch_first, self.loss_reduction = batch_first, loss_reduction
         self.observed: dict[str, Observation] = {}
-        self._proved: set[object] = set()
-        self._forward_proved = False
-        self._tape: Tape | None = None
+        self.modules = Modules(root, self._fired, batch_first=batch_first, generic_only=generic_only)
+        self._rehearsed = False
         self._phase = Phase.MEASURE
         self._keep: Tensor | None = None
-        self._paused = False
         self._round: list[Recording] = []
         self._live: weakref.WeakSet[Tape] = weakref.WeakSet()
         self._round_task = -1
-        self._open: list[list[nn.Parameter]] = []
         self._outer: list[Tape | None] = []
         self._handles: list[Any] = []
 
@@ -114,9 +109,7 @@ class Recorder:
     def attach(self) -> None:
         """Put the hooks on the root and on every module that owns parameters."""
         self._handles.append(self.root.register_forward_pre_hook(Hook(self._enter_root), with_kwargs=True))
-        for path, module in self.root.named_modules():
-            if any(p is not None for p in module._parameters.values()):
-                self._watch(path or type(module).__name__, module)
+        self.modules.attach()
         leave = self.root.register_forward_hook(Hook(self._leave_root), with_kwargs=True, always_call=True)
         self._handles.append(leave)
         watch.start()
@@ -125,56 +118,56 @@ class Recorder:
     def detach(self) -> None:
         """Take all hooks away."""
         self._stop_watching()
+        self.modules.detach()
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
 
-    def _watch(self, path: str, module: nn.Module) -> None:
-        def before(module: nn.Module, args: Any) -> None:
-            self._enter(module)
-
-        def after(module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
-            return self._leave(path, module, args, kwargs, output)
-
-        self._handles.append(module.register_forward_pre_hook(Hook(before)))
-        # In front of the user's own hooks: the rule is about what the module itself returned.
-        hook = module.register_forward_hook(Hook(after), with_kwargs=True, always_call=True, prepend=True)
-        self._handles.append(hook)
-
     # ------------------------------------------------------------------ the root's forward
 
     def _enter_root(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
-        self._outer.append(self._tape)
-        if self._paused or not module.training or not torch.is_grad_enabled() or len(self._outer) > 1:
+        modules = self.modules
+        self._outer.append(modules.tape)
+        if modules.is_paused or not module.training or not torch.is_grad_enabled() or len(self._outer) > 1:
             return None
-        self._restore_all()
+        modules.restore()
         check_batch_norms(module)
-        n = count_records(args, kwargs, batch_first=self.batch_first)
-        tape = Tape(n, self.delivery() if self.delivery else None)
+        delivery = self.delivery() if self.delivery else None
+        n = count_records(args, kwargs, delivery.records if delivery else None, batch_first=self.batch_first)
+        tape = Tape(n, delivery)
         self._live.add(tape)
         if n == 0:
-            self._tape = tape
+            modules.tape = tape
             return one_row_of_zeros((args, kwargs), batch_first=self.batch_first)
-        if n > 1 and not self._forward_proved:
-            with self.paused():
-                proofs.check_forward(module, args, kwargs, n, batch_first=self.batch_first)
-            self._forward_proved = True
-        self._tape = tape
+        if not self._rehearsed:
+            self._rehearse(args, kwargs, n)
+        modules.tape = tape
         return self._stand_in(tape, args, kwargs)
+
+    def _rehearse(self, args: Any, kwargs: Any, n: int) -> None:
+        """On the first batch: prove that records do not meet, and find how the modules' calls are to be read."""
+        self._check_foreign_gradients()
+        if n > 1:
+            with self.modules.paused():
+                proofs.check_forward(self.root, args, kwargs, n, batch_first=self.batch_first)
+        Rehearsal(self.modules).run(args, kwargs, n)
+        self._rehearsed = n > 1  # a batch of one record cannot show where the records are
 
     @staticmethod
     def _stand_in(tape: Tape, args: Any, kwargs: Any) -> Any:
         """Cut inputs that require grad off their own graph; the boundary hands their gradients on."""
-        leaves, spec = tree_flatten((args, kwargs))
+        leaves, rebuild = flatten((args, kwargs))
+        if not any(leaf.requires_grad for leaf in leaves):
+            return None
         for i, leaf in enumerate(leaves):
-            if isinstance(leaf, Tensor) and leaf.requires_grad:
+            if leaf.requires_grad:
                 leaves[i] = leaf.detach().requires_grad_()
                 tape.inputs.append((leaf, leaves[i]))
-        return tree_unflatten(leaves, spec) if tape.inputs else None
+        return rebuild(leaves)
 
     def _leave_root(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
-        tape, self._tape = self._tape, self._outer.pop()
-        if tape is None or tape is self._tape or output is None:
+        tape, self.modules.tape = self.modules.tape, self._outer.pop()
+        if tape is None or tape is self.modules.tape or output is None:
             return None
         if tape.n == 0:
             output = no_rows(output, batch_first=self.batch_first)
@@ -195,92 +188,16 @@ class Recorder:
         new = iter(passed)
         return map_tensors(lambda t: next(new) if any(t is leaf for leaf in leaves) else t, output)
 
-    # ------------------------------------------------------------------ the modules' forward
-
-    def _enter(self, module: nn.Module) -> None:
-        """Switch the module's own parameters off, so that autograd does not work out their ordinary gradients."""
-        if self._paused or self._tape is None or self._tape.n == 0:
-            self._open.append([])
-            return
-        own = [p for p in module._parameters.values() if p is not None and p.requires_grad]
-        self._open.append(own)
-        for p in own:
-            p.requires_grad_(False)
-
-    def _restore_all(self) -> None:
-        """Switch on what an interrupted forward left off (an interrupt skips the hooks that an error does not)."""
-        while self._open:
-            for p in self._open.pop():
-                p.requires_grad_(True)
-
-    def _leave(self, path: str, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
-        own = self._open.pop() if self._open else []
-        for p in own:
-            p.requires_grad_(True)
-        tape = self._tape
-        if not own or tape is None or output is None:
-            return None
-        parameters = {name: p for name, p in module._parameters.items() if p is not None and any(p is q for q in own)}
-        outs = [leaf for leaf in tensors(output) if leaf.is_floating_point()]
-        if not outs:
-            return None
-        passed = iter(self._probe(tape, path, module, parameters, args, kwargs, outs))
-        return map_tensors(lambda t: next(passed) if t.is_floating_point() else t, output)
-
-    def _probe(
-        self, tape: Tape, path: str, module: nn.Module, parameters: dict[str, nn.Parameter], args: Any, kwargs: Any,
-        outs: list[Tensor],
-    ) -> Any:  # fmt: skip
-        rule = self._rule(path, module)
-        rows = Rows(tape.n, self.batch_first, path)
-        leaves, spec = tree_flatten((args, kwargs))
-        places = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
-        keep = tuple(leaves[i].detach() for i in places)
-        layout = (path, *((t.dim(), t.shape[:1] == (tape.n,)) for t in (*keep, *outs)))
-        unproved = layout not in self._proved
-        if unproved:
-            tape.unproved.add(layout)
-        copies = tuple(out.detach().clone() for out in outs) if unproved and rule is _GENERIC else None
-        tape.calls.update(parameters.values())
-        others = [None if isinstance(leaf, Tensor) else leaf for leaf in leaves]
-
-        def fired(kept: Callable[[], tuple[Tensor, ...]], grads: tuple[Tensor | None, ...]) -> None:
-            self._check_within(tape, path)
-            if self._phase is Phase.PASS:
-                return
-            filled = list(others)
-            for i, tensor in zip(places, kept(), strict=True):
-                filled[i] = tensor
-            call_args, call_kwargs = tree_unflatten(filled, spec)
-            call = Call(module, path, parameters, call_args, call_kwargs, grads, copies, rows)
-            self._fired(tape, rule, call)
-
-        return Probe.apply(  # type: ignore[no-untyped-call]
-            fired, keep, len(outs), *outs, *parameters.values()
-        )
-
-    def _rule(self, path: str, module: nn.Module) -> Rule:
-        rule = None if self.generic_only else find_rule(module)
-        reason = rule.refuses(module) if rule else None
-        if reason:
-            raise UnsupportedModuleError(f"{path}: {type(module).__name__}: {reason}.")
-        return rule or _GENERIC
-
     # ------------------------------------------------------------------ backward
 
-    def _check_within(self, tape: Tape, path: str) -> None:
-        if self._tape is not tape:
-            raise PrivacyError(
-                f"{path}: a gradient entered the model other than through what its forward returned (a loss on a value "
-                f"that a module kept, such as an auxiliary loss). Return that value from the root's forward."
-            )
-
     def _fired(self, tape: Tape, rule: Rule, call: Call) -> None:
+        if self._phase is Phase.PASS:
+            return
         if self._phase is Phase.ISOLATION:
             assert self._keep is not None
-            proofs.check_rows(call.grad_outputs, call.rows, self._keep)
+            proofs.check_call(rule, call, self._keep)
             return
-        with self.paused():
+        with self.modules.paused():
             uses = rule.uses(call)
         routes = {}
         for name, parameter in call.parameters.items():
@@ -350,18 +267,19 @@ class Recorder:
             for keep in proofs.random_halves(tape.n):
                 self._keep = keep
                 self._run(recording, Phase.ISOLATION, proofs.mask_records(recording.grads, rows, keep), retain=True)
-            self._proved |= tape.unproved
+            self.modules.proved |= tape.unproved
             self._take_input_grads(tape, 1.0)
         self._run(recording, Phase.MEASURE, recording.grads, retain=self.sink.two_passes)
         self._check_foreign_gradients()
 
     def _run(self, recording: Recording, phase: Phase, grads: Sequence[Tensor | None], *, retain: bool) -> None:
         arrived = [(out, grad) for out, grad in zip(recording.outputs, grads, strict=True) if grad is not None]
-        outer, self._tape, self._phase = self._tape, recording.tape, phase
+        modules = self.modules
+        outer, modules.tape, self._phase = modules.tape, recording.tape, phase
         try:
             watch.original([out for out, _ in arrived], [grad for _, grad in arrived], retain_graph=retain)
         finally:
-            self._tape, self._phase = outer, Phase.MEASURE
+            modules.tape, self._phase = outer, Phase.MEASURE
 
     def _finish(self) -> None:
         """The outermost backward has ended: every use of every weight is known."""
@@ -403,15 +321,6 @@ class Recorder:
                     f"earlier backward was not cleared (call optimizer.zero_grad()). Call the module itself, and use the "
                     f"optimizer's weight_decay for a penalty."
                 )
-
-    @contextmanager
-    def paused(self) -> Iterator[None]:
-        """Calls of modules inside are not recorded."""
-        before, self._paused = self._paused, True
-        try:
-            yield
-        finally:
-            self._paused = before
 
 
 def check_batch_norms(root: nn.Module) -> None:

@@ -11,12 +11,18 @@ from ghostgrad.errors import UnsupportedModuleError
 from ghostgrad.tree import map_tensors, tensors
 
 
-def count_records(args: Any, kwargs: Any, *, batch_first: bool) -> int:
-    """The number of records in a call of the root: the batch dimension of its first tensor that has one."""
+def count_records(args: Any, kwargs: Any, delivered: int | None, *, batch_first: bool) -> int:
+    """The number of records in a call of the root: the batch dimension of its first tensor that has one.
+
+    Where another tensor has as many rows as the loader ``delivered`` records, these count: the first may be flat (the ids of
+    ragged bags before their offsets).
+    """
     dim = 0 if batch_first else 1
-    for tensor in tensors((args, kwargs)):
-        if tensor.dim() > dim:
-            return tensor.shape[dim]
+    sizes = [tensor.shape[dim] for tensor in tensors((args, kwargs)) if tensor.dim() > dim]
+    if delivered in sizes:
+        return delivered
+    if sizes:
+        return sizes[0]
     raise UnsupportedModuleError(
         f"the module was called without a tensor that has a batch dimension (dimension {dim}), so the number of records is "
         f"not known. Pass the batch to the module's forward as tensors."

@@ -1,0 +1,165 @@
+"""The hooks on the modules inside the root: parameters off during a call, a probe behind it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+from torch import Tensor, nn
+
+from ghostgrad.errors import PrivacyError, UnsupportedModuleError
+from ghostgrad.layers import Call, Rows, Rule
+from ghostgrad.recording.hooks import Hook
+from ghostgrad.recording.plan import Layout, Plan, with_batch
+from ghostgrad.recording.probe import Probe
+from ghostgrad.recording.tape import Tape
+from ghostgrad.tree import flatten, map_tensors, tensors
+
+Fired = Callable[[Tape, Rule, Call], None]
+"""Answers a probe that fired."""
+
+
+class Modules:
+    """Watches the calls of all modules that own parameters, and of those that the plan lets answer for others.
+
+    Args:
+        root: the root module.
+        fired: answers a probe.
+        batch_first: whether the root's tensors lead with the batch.
+        generic_only: let the generic rule answer for every module.
+    """
+
+    def __init__(self, root: nn.Module, fired: Fired, *, batch_first: bool, generic_only: bool) -> None:
+        self.root, self.fired, self.batch_first = root, fired, batch_first
+        self.plan = Plan(root, generic_only)
+        self.proved: set[object] = set()
+        """Layouts of calls for which row isolation was shown."""
+        self.tape: Tape | None = None
+        """The forward that is being recorded, or whose graph is being run backward."""
+        self._paused = False
+        self._open: list[list[nn.Parameter]] = []
+        self._watched: dict[str, list[Any]] = {}
+
+    # ------------------------------------------------------------------ attaching
+
+    def attach(self) -> None:
+        """Put hooks on every module that owns parameters, and on the root: while it runs it would be too late for it."""
+        for path, module in self.root.named_modules():
+            if not path or self.plan.claims(path, module):
+                self.watch(path)
+
+    def detach(self) -> None:
+        """Take all hooks away."""
+        for handles in self._watched.values():
+            for handle in handles:
+                handle.remove()
+        self._watched.clear()
+
+    def watch(self, path: str) -> None:
+        """Put hooks on one module, once."""
+        if path in self._watched:
+            return
+        module = self.root.get_submodule(path)
+
+        def before(module: nn.Module, args: Any) -> None:
+            self._enter(path, module)
+
+        def after(module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
+            return self._leave(path, module, args, kwargs, output)
+
+        # In front of the user's own hooks: the rule is about what the module itself returned.
+        self._watched[path] = [
+            module.register_forward_pre_hook(Hook(before)),
+            module.register_forward_hook(Hook(after), with_kwargs=True, always_call=True, prepend=True),
+        ]
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Calls of modules inside are not recorded."""
+        before, self._paused = self._paused, True
+        try:
+            yield
+        finally:
+            self._paused = before
+
+    @property
+    def is_paused(self) -> bool:
+        """Whether calls are not recorded now."""
+        return self._paused
+
+    # ------------------------------------------------------------------ a module's call
+
+    def _enter(self, path: str, module: nn.Module) -> None:
+        """Switch off the parameters the module answers for, so that autograd does not work out their gradients."""
+        claimed: list[nn.Parameter] = []
+        if not self._paused and self.tape is not None and self.tape.n:
+            # One that is off already belongs to an enclosing call, which answers for it.
+            claimed = [p for p in self.plan.claims(path, module).values() if p.requires_grad]
+        self._open.append(claimed)
+        for p in claimed:
+            p.requires_grad_(False)
+
+    def restore(self) -> None:
+        """Switch on what an interrupted forward left off (an interrupt skips the hooks that an error does not)."""
+        while self._open:
+            for p in self._open.pop():
+                p.requires_grad_(True)
+
+    def _leave(self, path: str, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
+        claimed = self._open.pop() if self._open else []
+        for p in claimed:
+            p.requires_grad_(True)
+        tape = self.tape
+        if not claimed or tape is None or output is None:
+            return None
+        if self.plan.layouts.get(path) is Layout.EXPANDED:
+            args, kwargs, output = map_tensors(lambda t: with_batch(t, tape.n), (args, kwargs, output))
+        outs = [leaf for leaf in tensors(output) if leaf.is_floating_point()]
+        if not outs:
+            return None
+        parameters = {
+            name: p for name, p in self.plan.claims(path, module).items() if any(p is claim for claim in claimed)
+        }
+        passed = iter(self._probe(tape, path, module, parameters, (args, kwargs), outs))
+        return map_tensors(lambda t: next(passed) if t.is_floating_point() else t, output)
+
+    def _probe(
+        self, tape: Tape, path: str, module: nn.Module, parameters: Mapping[str, nn.Parameter], inputs: Any,
+        outs: list[Tensor],
+    ) -> Any:  # fmt: skip
+        rule = self._supported_rule(path, module)
+        shown = path or type(module).__name__
+        found, rebuild = flatten(inputs)
+        keep = tuple(tensor.detach() for tensor in found)
+        rows = self._rows(path, tape.n, shown)
+        where = rule.rows(module, rows)
+        signature = (path, *((t.dim(), where.dim(t), t.shape[:1] == (tape.n,)) for t in (*keep, *outs)))
+        copies = None
+        if signature not in self.proved:
+            tape.unproved.add(signature)
+            copies = tuple(out.detach().clone() for out in outs)
+        tape.calls.update(parameters.values())
+
+        def fired(kept: Callable[[], tuple[Tensor, ...]], grads: tuple[Tensor | None, ...]) -> None:
+            if self.tape is not tape:
+                raise PrivacyError(
+                    f"{shown}: a gradient entered the model other than through what its forward returned (a loss on a value "
+                    f"that a module kept, such as an auxiliary loss). Return that value from the root's forward."
+                )
+            args, kwargs = rebuild(kept())
+            self.fired(tape, rule, Call(module, shown, parameters, args, kwargs, grads, copies, rows))
+
+        return Probe.apply(fired, keep, len(outs), *outs, *parameters.values())  # type: ignore[no-untyped-call]
+
+    def _rows(self, path: str, n: int, shown: str) -> Rows:
+        layout = self.plan.layouts.get(path, Layout.PLAIN)
+        batch_first = self.batch_first if layout is Layout.PLAIN else layout is Layout.EXPANDED
+        return Rows(n, batch_first, shown)
+
+    def _supported_rule(self, path: str, module: nn.Module) -> Rule:
+        rule = self.plan.rule(path, module)
+        reason = rule.refuses(module)
+        if reason:
+            raise UnsupportedModuleError(f"{path}: {type(module).__name__}: {reason}.")
+        return rule

@@ -1,0 +1,216 @@
+"""Runs the model on its first batch to find how the calls of its modules are to be read, before anything counts.
+
+The plain reading (every weight is used in its own module's call, every tensor leads with the batch) is tried first. Where it
+fails, in this order: the records are in dimension 1; the module's output is the same for all records and is expanded to the
+batch; the next module above answers for the parameters as a whole, recomputed one record at a time. A reading is kept only
+if the model's outputs stay the same and the gradient of no record reaches the rows of another.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.func import functional_call
+
+from ghostgrad.errors import GhostgradError, PrivacyError
+from ghostgrad.layers import Call, Rows, Rule
+from ghostgrad.recording import proofs
+from ghostgrad.recording.losses import watch
+from ghostgrad.recording.modules import Modules
+from ghostgrad.recording.plan import Layout
+from ghostgrad.recording.tape import Tape
+from ghostgrad.tree import map_tensors, tensors
+
+_MOST_ATTEMPTS = 64
+_TOLERANCE = 1e-4
+
+
+@dataclass(frozen=True)
+class _Problem:
+    """Where a reading failed; ``names`` are parameters that were used outside the calls that answer for them."""
+
+    path: str
+    error: GhostgradError
+    names: frozenset[str] | None = None
+
+
+class Rehearsal:
+    """Finds a plan for a model. The parameters, buffers and the random state are left as they were."""
+
+    def __init__(self, modules: Modules) -> None:
+        self._modules, self._root = modules, modules.root
+        self._problems: list[_Problem] = []
+        self._keep: Tensor | None = None
+        self._time_first: dict[str, bool] = {}
+        self._first: dict[str, GhostgradError] = {}
+        self._not_expandable: set[str] = set()
+        self._n = 0
+
+    def run(self, args: Any, kwargs: Any, n: int) -> None:
+        """Change the plan of the modules until nothing fails.
+
+        Raises:
+            GhostgradError: what failed first, where no reading of the module or of any above it holds; the plan is as before.
+        """
+        self._n = n
+        before, fired = self._modules.plan, self._modules.fired
+        self._modules.plan, self._modules.fired = copy.copy(before), self._fired
+        self._modules.plan.layouts = dict(before.layouts)
+        self._modules.plan.enclosing = {path: dict(taken) for path, taken in before.enclosing.items()}
+        try:
+            self._search((args, kwargs), n)
+        except GhostgradError:
+            self._modules.plan = before
+            raise
+        finally:
+            self._modules.fired = fired
+
+    def _search(self, batch: Any, n: int) -> None:
+        plain: list[Tensor] | None = None
+        for _ in range(_MOST_ATTEMPTS):
+            try:
+                outputs = self._try(batch, n)
+            except GhostgradError:
+                raise
+            except Exception:
+                if not self._give_up_expanding():
+                    return  # the model fails by itself: its own forward will say so
+                continue
+            plain = outputs if plain is None else plain
+            if self._problems:
+                self._treat_all(unchanged=_same(plain, outputs))
+            elif _same(plain, outputs) or not self._give_up_expanding():
+                return
+        raise next(iter(self._first.values()))
+
+    # ------------------------------------------------------------------ one attempt
+
+    def _try(self, batch: Any, n: int) -> list[Tensor]:
+        """Run the model forward and backward under the present plan; problems are noted, not raised."""
+        self._problems, modules = [], self._modules
+        buffers = {name: buffer.clone() for name, buffer in self._root.named_buffers()}
+        args, kwargs = map_tensors(lambda t: t.detach().clone(), batch)
+        outer, modules.tape = modules.tape, Tape(n, None)
+        try:
+            with torch.random.fork_rng():
+                torch.manual_seed(0)
+                found = tensors(functional_call(self._root, buffers, args, kwargs))
+                rows = Rows(n, modules.batch_first, type(self._root).__name__)
+                outs = [t for t in found if t.is_floating_point() and t.requires_grad and rows.dim(t) is not None]
+                if outs:
+                    self._backward(outs, rows)
+        finally:
+            modules.restore()
+            modules.tape = outer
+        return [t.detach() for t in found if t.is_floating_point()]
+
+    def _backward(self, outs: Sequence[Tensor], rows: Rows) -> None:
+        grads = [torch.randn_like(out) for out in outs]
+        if rows.n > 1:
+            for keep in proofs.random_halves(rows.n):
+                self._keep = keep
+                watch.original(outs, proofs.mask_records(grads, rows, keep), retain_graph=True)
+                self._note_foreign_gradients()
+        self._keep = None
+        watch.original(outs, grads)
+        self._note_foreign_gradients()
+
+    def _fired(self, tape: Tape, rule: Rule, call: Call) -> None:
+        path = "" if call.module is self._root else call.path
+        inputs = tensors((call.args, dict(call.kwargs)))
+        # [rows, features] of floats has no time; [time, records] of ids has.
+        candidates = [t for t in inputs if t.dim() > 2 or (t.dim() == 2 and not t.is_floating_point())]
+        self._time_first[path] = any(t.shape[1] == self._n for t in candidates)
+        if not inputs:
+            self._not_expandable.add(path)  # it hands out a weight (a parametrization), not values for the records
+        if any(problem.path == path for problem in self._problems):
+            return
+        try:
+            if self._keep is not None:
+                proofs.check_call(rule, call, self._keep)
+            else:
+                with self._modules.paused():
+                    rule.uses(call)
+        except GhostgradError as error:
+            self._problems.append(_Problem(path, error))
+
+    def _note_foreign_gradients(self) -> None:
+        for name, p in self._root.named_parameters():
+            if p.grad is None:
+                continue
+            path, _, local = name.rpartition(".")
+            if bool(p.grad.count_nonzero()) and not any(
+                local in (problem.names or ()) and problem.path == path for problem in self._problems
+            ):
+                error = PrivacyError(
+                    f"{name} is used outside the call of its module, and no module above it can be run on one record alone. "
+                    f"Call the module itself."
+                )
+                self._problems.append(_Problem(path, error, frozenset({local})))
+            p.grad = None
+
+    # ------------------------------------------------------------------ the next reading
+
+    def _treat_all(self, *, unchanged: bool) -> None:
+        for problem in self._problems:
+            self._first.setdefault(problem.path, problem.error)
+        enclosing = set(self._modules.plan.enclosing)
+        # A module that answers for others may fail only because of how one inside it was read: that one goes first.
+        inner = [problem for problem in self._problems if problem.path not in enclosing]
+        if not inner and not unchanged and self._give_up_expanding():
+            return
+        for problem in inner or self._problems:
+            if problem.names is not None:
+                self._enclose_parameter(problem)
+            elif not self._other_layout(problem.path):
+                self._enclose(problem.path, problem.error)
+
+    def _other_layout(self, path: str) -> bool:
+        """Whether another place of the records can be tried for a module."""
+        plan = self._modules.plan
+        layout = plan.layouts.get(path, Layout.PLAIN)
+        if layout is Layout.PLAIN and self._time_first[path]:
+            plan.layouts[path] = Layout.TIME_FIRST
+            return True
+        if layout is not Layout.EXPANDED and path and path not in self._not_expandable and path not in plan.enclosing:
+            plan.layouts[path] = Layout.EXPANDED
+            return True
+        return False
+
+    def _enclose_parameter(self, problem: _Problem) -> None:
+        names = set(problem.names or ())
+        owner = self._root.get_submodule(problem.path)
+        for name in names:
+            holder = self._modules.plan.holder(owner._parameters[name])  # type: ignore[arg-type]
+            if holder is None:
+                self._enclose(problem.path, problem.error, {name})
+            else:
+                self._enclose(holder, problem.error)
+
+    def _enclose(self, path: str, error: GhostgradError, names: set[str] | None = None) -> None:
+        above = self._modules.plan.enclose(path, names)
+        if above is None:
+            raise self._first.get(path, error)
+        self._first.setdefault(above, self._first.get(path, error))
+        self._modules.watch(above)
+
+    def _give_up_expanding(self) -> bool:
+        """The model did not bear an expanded output: let the modules above answer instead. False if nothing was expanded."""
+        expanded = [path for path, layout in self._modules.plan.layouts.items() if layout is Layout.EXPANDED]
+        for path in expanded:
+            self._not_expandable.add(path)
+            error = self._first.get(path, PrivacyError(f"{path}: its output has no batch dimension."))
+            self._enclose(path, error)
+        return bool(expanded)
+
+
+def _same(first: Sequence[Tensor], second: Sequence[Tensor]) -> bool:
+    return len(first) == len(second) and all(
+        a.shape == b.shape and torch.allclose(a, b, rtol=_TOLERANCE, atol=_TOLERANCE, equal_nan=True)
+        for a, b in zip(first, second, strict=True)
+    )
