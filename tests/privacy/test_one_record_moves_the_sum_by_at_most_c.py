@@ -315,7 +315,7 @@ def test_a_layout_is_proved_anew_when_features_could_be_taken_for_records(mode: 
             plain.load_state_dict(model.state_dict())
             (plain(x[:, i : i + 1]) * weights[i]).sum().backward()
             gradient = plain.second.weight.grad
-            expected += gradient * min(1.0, C / gradient.norm().item())
+            expected += gradient * min(1.0, C / max(gradient.norm().item(), 1e-30))
         try:
             (model(x) * weights).sum().backward()
         except GhostgradError:

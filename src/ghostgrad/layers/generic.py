@@ -35,7 +35,7 @@ def generic(call: Call) -> dict[str, Use]:
     """
     leaves, rebuild = flatten((call.args, dict(call.kwargs)))
     batched = [i for i, leaf in enumerate(leaves) if _is_batched(call, leaf)]
-    if leaves and not batched:
+    if not batched:
         raise UnsupportedModuleError(
             f"{call.path}: no input of this {type(call.module).__name__} leads with the {call.rows.n} records of the batch, "
             f"so its gradient cannot be attributed to them. Compute it inside a module whose inputs lead with the batch."

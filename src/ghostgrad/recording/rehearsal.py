@@ -49,6 +49,8 @@ class Rehearsal:
         self._time_first: dict[str, bool] = {}
         self._first: dict[str, GhostgradError] = {}
         self._not_expandable: set[str] = set()
+        self._new_holders: set[str] = set()
+        """Modules that came to answer for others after the last attempt, and had no chance to yet."""
         self._n = 0
 
     def run(self, args: Any, kwargs: Any, n: int) -> None:
@@ -93,6 +95,7 @@ class Rehearsal:
     def _try(self, batch: Any, n: int) -> list[Tensor]:
         """Run the model forward and backward under the present plan; problems are noted, not raised."""
         self._problems, modules = [], self._modules
+        self._new_holders.clear()
         buffers = {name: buffer.clone() for name, buffer in self._root.named_buffers()}
         args, kwargs = map_tensors(lambda t: t.detach().clone(), batch)
         outer, modules.tape = modules.tape, Tape(n, None)
@@ -193,10 +196,20 @@ class Rehearsal:
                 self._enclose(holder, problem.error)
 
     def _enclose(self, path: str, error: GhostgradError, names: set[str] | None = None) -> None:
-        above = self._modules.plan.enclose(path, names)
+        plan = self._modules.plan
+        claims = plan.claims(path, self._root.get_submodule(path))
+        held = {plan.holder(p) for name, p in claims.items() if names is None or name in names} - {None, path}
+        for holder in held:
+            # It answered for them already, yet they were not off: it is never called itself. Go on above it.
+            if holder is not None and holder not in self._new_holders:
+                self._enclose(holder, error)
+        if held:
+            return
+        above = plan.enclose(path, names)
         if above is None:
             raise self._first.get(path, error)
         self._first.setdefault(above, self._first.get(path, error))
+        self._new_holders.add(above)
         self._modules.watch(above)
 
     def _give_up_expanding(self) -> bool:
