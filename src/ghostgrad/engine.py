@@ -22,12 +22,12 @@ from ghostgrad.optimizer import DPOptimizer
 from ghostgrad.recording import Delivery, Recorder
 from ghostgrad.recording.criterion import check_criterion, proved
 from ghostgrad.sampling import DPDataLoader
+from ghostgrad.schedulers import Schedule, value_at
 from ghostgrad.spending import Budget, PoissonSpending, ShuffledSpending, Spending
 from ghostgrad.validation import ModuleValidator
 
 GradSampleMode = Literal["auto", "hooks", "functorch", "ghost", "bk"]
 LossReduction = Literal["mean", "sum"]
-Schedule = float | Callable[[int], float]
 
 
 @dataclass
@@ -111,7 +111,7 @@ class PrivacyEngine:
         optimizer: Optimizer,
         data_loader: DataLoader[Any] | None,
         noise_multiplier: Schedule,
-        max_grad_norm: float | Sequence[float],
+        max_grad_norm: Schedule | Sequence[float],
         criterion: Callable[..., Any] | None = None,
         batch_first: bool = True,
         loss_reduction: LossReduction = "mean",
@@ -132,7 +132,7 @@ class PrivacyEngine:
                 ``sample_rate`` and ``expected_batch_size`` say how, and the accounting trusts them.
             noise_multiplier: noise standard deviation divided by the sensitivity, >= 0; or a function of the step.
             max_grad_norm: C, the L2 norm to which each record's gradient is clipped, in units of the gradient of the
-                record's own loss; a list with per-layer clipping.
+                record's own loss; a list with per-layer clipping; or a function of the step.
             criterion: optional. It is returned, to be used as before, and checked on its first batch to be the mean (sum)
                 of the records' losses.
             batch_first: whether dimension 0 of the module's inputs and outputs is the batch; else dimension 1.
@@ -169,13 +169,16 @@ class PrivacyEngine:
         loader = setup.private_loader(data_loader, key, poisson_sampling, sample_rate, accumulation_steps)
         rate, size = setup.public_sizes(loader, sample_rate, expected_batch_size, accumulation_steps)
         count = len(trainable(optimizer.param_groups))
+        schedule, bound = None, max_grad_norm
+        if callable(bound):
+            schedule, bound = bound, value_at(bound, 0, "max_grad_norm")
         function = setup.clip_function(
-            clipping, max_grad_norm, parameters=count, expected_batch_size=size, noise_multiplier=sigma
+            clipping, bound, parameters=count, expected_batch_size=size, noise_multiplier=sigma
         )
         # Everything was checked; from here on things change.
         self._open_session(
             module, optimizer, loader, function=function, mode=mode, noise=noise, noise_multiplier=noise_multiplier,
-            rate=rate, size=size, batch_first=batch_first, loss_reduction=loss_reduction,
+            rate=rate, size=size, batch_first=batch_first, loss_reduction=loss_reduction, bound_schedule=schedule,
         )  # fmt: skip
         private = self._sessions[-1].optimizer
         if criterion is None:
@@ -190,7 +193,7 @@ class PrivacyEngine:
         data_loader: DataLoader[Any] | None,
         target_epsilon: float,
         target_delta: float,
-        max_grad_norm: float | Sequence[float],
+        max_grad_norm: Schedule | Sequence[float],
         epochs: float | None = None,
         total_steps: int | None = None,
         criterion: Callable[..., Any] | None = None,
@@ -273,7 +276,7 @@ class PrivacyEngine:
     def _open_session(
         self, module: nn.Module, optimizer: Optimizer, loader: DPDataLoader[Any] | None, *, function: ClipFunction,
         mode: Mode, noise: NoiseMechanism, noise_multiplier: Schedule, rate: float, size: float, batch_first: bool,
-        loss_reduction: str,
+        loss_reduction: str, bound_schedule: Callable[[int], float] | None,
     ) -> None:  # fmt: skip
         delivery = _delivery_of(loader) if loader is not None else None
         empty = loader.feed.empty_batches if loader is not None else None
@@ -297,6 +300,7 @@ class PrivacyEngine:
             loss_reduction=loss_reduction,
             accountant=self.accountant,
             spending=spending,
+            bound_schedule=bound_schedule,
         )
         recorder.attach()
         setup.claim(module, optimizer, private)

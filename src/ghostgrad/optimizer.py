@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -12,8 +11,9 @@ from torch.optim import Optimizer
 
 from ghostgrad.accounting import Accountant
 from ghostgrad.clipping import ClipFunction, ClippedSum, trainable
-from ghostgrad.errors import ConfigurationError, PrivacyError
+from ghostgrad.errors import PrivacyError
 from ghostgrad.noise import NoiseMechanism
+from ghostgrad.schedulers import Schedule, value_at
 from ghostgrad.spending import Budget, Spending
 
 _OWN_RELEASE = 1 << 30
@@ -47,12 +47,13 @@ class DPOptimizer(Optimizer):
         function: ClipFunction,
         total: ClippedSum,
         noise: NoiseMechanism,
-        noise_multiplier: float | Callable[[int], float],
+        noise_multiplier: Schedule,
         expected_batch_size: float,
         loss_reduction: str,
         accountant: Accountant,
         spending: Spending,
         budget: Budget | None = None,
+        bound_schedule: Callable[[int], float] | None = None,
     ) -> None:
         self.original_optimizer = optimizer
         # Optimizer.__init__ would take the parameters over; __setstate__ only gives this object its hooks.
@@ -60,6 +61,7 @@ class DPOptimizer(Optimizer):
         self.clip_function, self.total, self.noise = function, total, noise
         self.noise_multiplier, self.expected_batch_size = noise_multiplier, expected_batch_size
         self.loss_reduction, self.accountant, self.spending, self.budget = loss_reduction, accountant, spending, budget
+        self.bound_schedule = bound_schedule
         self.steps = 0
         """Logical steps made."""
         self._written: dict[nn.Parameter, Tensor] = {}
@@ -162,7 +164,7 @@ class DPOptimizer(Optimizer):
 
     @torch.no_grad()
     def _release(self) -> None:
-        noise_multiplier = self._current_noise_multiplier()
+        noise_multiplier = value_at(self.noise_multiplier, self.steps, "noise_multiplier")
         draws, epochs = self.total.draws, set(self.total.epochs)
         releases = self.spending.releases(noise_multiplier, draws, epochs)
         if self.budget is not None:
@@ -176,13 +178,9 @@ class DPOptimizer(Optimizer):
         self._update_clip_function(noise_multiplier, size)
         self.total.close()
         self.steps += 1
+        if self.bound_schedule is not None:
+            self.clip_function.rebound(value_at(self.bound_schedule, self.steps, "max_grad_norm"))
         self._inner_step()
-
-    def _current_noise_multiplier(self) -> float:
-        sigma = self.noise_multiplier(self.steps) if callable(self.noise_multiplier) else self.noise_multiplier
-        if not (math.isfinite(sigma) and sigma >= 0):
-            raise ConfigurationError(f"noise_multiplier={sigma} must be finite and not negative.")
-        return float(sigma)
 
     def _write_gradients(self, noise_multiplier: float, size: float) -> None:
         std = self.clip_function.effective_noise_multiplier(noise_multiplier) * self.clip_function.sensitivity

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from ghostgrad import DPOptimizer, PrivacyEngine, PrivacyError
+from ghostgrad.schedulers import LambdaGradClip
 
 
 def data(n: int = 16) -> TensorDataset:
@@ -287,6 +288,27 @@ def test_noise_and_bound_can_be_functions_of_the_step() -> None:
     engine, module, optimizer, loader, _ = make(noise_multiplier=lambda step: 1.0 + step)
     train(module, optimizer, loader)
     assert engine.accountant.history == [(1.0 + step, 0.25, 1) for step in range(4)]
+
+
+@pytest.mark.parametrize("given", ["callable", "scheduler"])
+def test_the_bound_can_follow_a_schedule(given: str) -> None:
+    if given == "callable":
+        engine, module, optimizer, loader, _ = make(max_grad_norm=lambda step: 1.0 / (1 + step), noise_multiplier=0.0)
+        scheduler = None
+    else:
+        engine, module, optimizer, loader, _ = make(max_grad_norm=1.0, noise_multiplier=0.0)
+        scheduler = LambdaGradClip(optimizer, scheduler_function=lambda step: 1.0 / (1 + step))
+    for step, (x, y) in enumerate(loader):
+        assert optimizer.max_grad_norm == pytest.approx(1.0 / (1 + step))
+        assert optimizer.clip_function.sensitivity == optimizer.max_grad_norm
+        F.cross_entropy(100 * module(x), y).backward()
+        optimizer.step()
+        norm = torch.cat([p.grad.flatten() for p in module.parameters()]).norm().item()
+        assert norm * 4 <= len(x) / (1 + step) * (1 + 1e-5)
+        optimizer.zero_grad()
+        if scheduler is not None:
+            scheduler.step()
+    assert engine.steps == 4
 
 
 def test_repr_and_explain_say_which_clipper_is_used() -> None:
