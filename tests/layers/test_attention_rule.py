@@ -8,10 +8,13 @@ import pytest
 import torch
 from layer_case import RECORDS, Case, frozen, randn
 from private_step import MODES, step_by_hand, truth
-from single_record import assert_same_gradients, expected_gradient
+from single_record import Gradients, assert_same_gradients, bound_that_clips_some, expected_gradient
 from torch import Tensor, nn
 
-from ghostgrad import GhostgradError, UnsupportedModuleError
+from ghostgrad import GhostgradError
+
+# torch says that it will not take a faster path in eval mode, which nothing here does.
+pytestmark = pytest.mark.filterwarnings("ignore:enable_nested_tensor is True")
 
 HEADS = 2
 
@@ -82,14 +85,10 @@ def cross(keys: int, values: int, sources: int = 5) -> Any:
 
 
 CAUSAL = nn.Transformer.generate_square_subsequent_mask(3, dtype=torch.float64)
+SLOPES = torch.arange(9, dtype=torch.float64).view(3, 3).cos()
 WEIGHTS: dict[str, Any] = {"need_weights": True}
 HEAD_WEIGHTS: dict[str, Any] = {"need_weights": True, "average_attn_weights": False}
 FIRST: dict[str, Any] = {"batch_first": True}
-
-
-def folded(model: nn.Module, x: Tensor) -> Any:
-    """Windows of a record as rows of the attention's own batch."""
-    return model(x.flatten(0, 1)).unflatten(0, (len(x), -1))
 
 
 class OnlyAttention(nn.MultiheadAttention):
@@ -103,6 +102,13 @@ class SelfAttention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.attention(x, key=x, value=x, need_weights=False)[0]
+
+
+class Windows(SelfAttention):
+    """Windows of a record as rows of the attention's own batch."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.flatten(0, 1)).unflatten(0, (len(x), -1))
 
 
 class OnlyWeights(nn.Module):
@@ -153,7 +159,7 @@ ATTENTION = [
     Case("padding-bias-kv-time-first", lambda: Attention(WEIGHTS, add_bias_kv=True), with_lengths, run=padded),
     Case("padding-by-floats", lambda: Attention(**FIRST), lambda: (*randn(3, 4)(), *randn(3)()), run=padded_by_floats),
     Case("mask", lambda: Attention(**FIRST), randn(3, 4), run=with_mask(CAUSAL < 0)),
-    Case("mask-by-floats-weights", lambda: Attention(WEIGHTS), randn(3, 4), run=with_mask(CAUSAL.cos())),
+    Case("mask-by-floats-weights", lambda: Attention(WEIGHTS), randn(3, 4), run=with_mask(SLOPES)),
     Case("mask-causal", lambda: Attention(**FIRST), randn(3, 4), run=with_mask(CAUSAL, is_causal=True)),
     Case("mask-causal-weights", lambda: Attention(WEIGHTS), randn(3, 4), run=with_mask(CAUSAL, is_causal=True)),
     Case("mask-causal-bias-kv", lambda: Attention(add_bias_kv=True), randn(3, 4), run=with_mask(CAUSAL, is_causal=True)),
@@ -166,7 +172,7 @@ ATTENTION = [
     Case("key-projection-frozen", frozen(lambda: Attention(kdim=3, vdim=2, **FIRST), "k_proj_weight"), cross(3, 2)),
     Case("only-bias-v-trains", frozen(lambda: Attention(add_bias_kv=True, **FIRST), "weight", "bias", "in_proj_weight",
                                       "in_proj_bias", "bias_k"), randn(3, 4)),
-    Case("folded-windows", lambda: SelfAttention(), randn(2, 3, 4), run=folded),
+    Case("folded-windows", Windows, randn(2, 3, 4)),
 ]  # fmt: skip
 
 
@@ -229,7 +235,11 @@ TRANSFORMERS = [
          lambda: tuple(x.transpose(0, 1) for x in two()), run=translate, dims=(1, 1), out_dim=1, batch_first=False),
 ]  # fmt: skip
 
-EVERY = [(case, mode) for case in (*ATTENTION, *TRANSFORMERS) for mode in MODES if mode != "functorch"]
+ALL = [*ATTENTION, *TRANSFORMERS]
+EVERY = [
+    *((case, mode) for case in ALL for mode in MODES if mode != "functorch"),
+    *((case, "functorch") for case in ALL[::4]),  # the generic rule, as a second opinion
+]
 
 
 @pytest.mark.parametrize(("case", "mode"), EVERY, ids=str)
@@ -237,3 +247,72 @@ def test_attention_is_clipped_as_in_the_single_record_loop(case: Case, mode: str
     each, bound = truth(case)
     found = step_by_hand(case, mode, max_grad_norm=bound)
     assert_same_gradients(found, expected_gradient(each, bound, expected_batch_size=RECORDS), relative=1e-9)
+
+
+def seeded(model: nn.Module, *inputs: Tensor) -> Any:
+    torch.manual_seed(5)
+    return model(*inputs)
+
+
+def seeded_causal(model: nn.Module, *inputs: Tensor) -> Any:
+    torch.manual_seed(5)
+    return model(*inputs, attn_mask=CAUSAL.to(inputs[0].dtype), is_causal=True)
+
+
+RANDOM = [
+    Case("dropout", lambda: Attention(dropout=0.4, **FIRST), randn(3, 4), run=seeded),
+    Case("dropout-weights", lambda: Attention(WEIGHTS, dropout=0.4), randn(3, 4), run=seeded),
+    Case("dropout-causal-bias-kv", lambda: Attention(dropout=0.4, add_bias_kv=True), randn(3, 4), run=seeded_causal),
+    Case("dropout-everywhere", lambda: encoder_layer(dropout=0.3), randn(3, 4), run=seeded),
+    Case("dropout-in-a-transformer", lambda: nn.TransformerEncoder(encoder_layer(dropout=0.2, norm_first=True), 2), randn(3, 4),
+         run=seeded),
+]  # fmt: skip
+
+
+def gradients_in_one_batch(case: Case) -> list[Gradients]:
+    """Each record's gradient with the numbers that the batch drew: records do not meet, so its own loss is enough."""
+    model = case.model()
+    parameters = dict(model.named_parameters())
+    losses = case.losses(model, *case.batch())
+    found = [torch.autograd.grad(loss, list(parameters.values()), retain_graph=True) for loss in losses]
+    return [dict(zip(parameters, grads, strict=True)) for grads in found]
+
+
+@pytest.mark.parametrize("mode", ["hooks", "ghost", "bk"])
+@pytest.mark.parametrize("case", RANDOM, ids=str)
+def test_dropout_in_the_attention_is_replayed(case: Case, mode: str) -> None:
+    each = gradients_in_one_batch(case)
+    bound = bound_that_clips_some(each)
+    found = step_by_hand(case, mode, max_grad_norm=bound)
+    assert_same_gradients(found, expected_gradient(each, bound, expected_batch_size=RECORDS), relative=1e-9)
+
+
+def test_dropout_of_an_attention_in_eval_mode_is_off() -> None:
+    def build() -> nn.Module:
+        model = Attention(dropout=0.4, **FIRST)
+        model.attention.eval()
+        return model
+
+    case = Case("dropout-eval", build, randn(3, 4))
+    each = gradients_in_one_batch(case)
+    bound = bound_that_clips_some(each)
+    found = step_by_hand(case, "bk", max_grad_norm=bound)
+    assert_same_gradients(found, expected_gradient(each, bound, expected_batch_size=RECORDS), relative=1e-9)
+
+
+class WrongLayout(nn.Module):
+    """``batch_first`` forgotten: positions are taken for records."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention = nn.MultiheadAttention(4, HEADS)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.attention(x, x, x)[0]
+
+
+@pytest.mark.parametrize("mode", ["hooks", "ghost", "bk"])
+@pytest.mark.parametrize("shape", [(5, 4), (RECORDS, 4), (1, 4), (4,)], ids=str)
+def test_a_batch_taken_for_a_sequence_is_refused(shape: tuple[int, ...], mode: str) -> None:
+    with pytest.raises(GhostgradError, match="record"):
+        step_by_hand(Case("wrong-layout", WrongLayout, randn(*shape)), mode, max_grad_norm=1.0)

@@ -23,9 +23,11 @@ def join(uses: Sequence[Use]) -> Use:
     flat = [part for use in uses for part in (use.parts if isinstance(use, Joined) else [use])]
     parts: list[Use] = []
     matmuls = [use for use in flat if isinstance(use, Matmul)]
-    for blocks in sorted({use.x.shape[1] for use in matmuls}):
-        # An attention that is called over itself and over something else splits its weight in two ways.
-        parts.append(Matmul.concatenate([use for use in matmuls if use.x.shape[1] == blocks]))
+    # An attention that is called over itself and over something else splits its weight into blocks in two ways.
+    parts.extend(
+        Matmul.concatenate([use for use in matmuls if use.x.shape[1] == blocks])
+        for blocks in sorted({use.x.shape[1] for use in matmuls})
+    )
     if lookups := [use for use in flat if isinstance(use, Lookup)]:
         parts.append(Lookup.concatenate(lookups))
     if explicits := [use for use in flat if isinstance(use, Explicit)]:

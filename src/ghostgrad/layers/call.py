@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ghostgrad.errors import UnsupportedModuleError
+from ghostgrad.layers.randomness import Randomness
 
 
 @dataclass(frozen=True)
@@ -80,6 +81,7 @@ class Call:
             nothing depended on it.
         outputs: the outputs themselves, kept only while the call is still to be proved; else None.
         rows: where the records are.
+        randomness: where the call's random numbers began, if its rule asked for that (`Rule.draws`).
     """
 
     module: nn.Module
@@ -90,6 +92,7 @@ class Call:
     grad_outputs: tuple[Tensor | None, ...]
     outputs: tuple[Tensor, ...] | None
     rows: Rows
+    randomness: Randomness | None = None
 
     def argument(self, position: int, name: str, default: Any = None) -> Any:
         """An argument of the call, passed by position or by keyword."""

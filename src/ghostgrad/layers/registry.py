@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from ghostgrad.gradients import Use
 from ghostgrad.layers.call import Call, Rows
@@ -33,8 +34,11 @@ class Rule:
             dimension 0 whatever the model's is.
         claims: the parameters that it answers for, by name within the module; default the module's own. A module that uses
             its children's weights without calling them claims these too.
-        output_dim: the batch dimension of the module's i-th floating-point output; None where `rows` can tell, -1 where
-            there is none to look at.
+        led: the gradient of the module's i-th floating-point output with each record's consecutive rows first, [n * fold,
+            ...]; default by the layout of the model.
+        draws: whether a call draws random numbers that the rule has to draw again, from ``call.randomness``.
+        shuffled: whether the order of the rows of a call (its arguments) may come from the data, so that what one batch
+            shows about them need not hold for the next and is to be shown each time.
     """
 
     name: str
@@ -43,7 +47,9 @@ class Rule:
     refuses: Callable[[nn.Module], str | None] = lambda module: None
     least: Callable[[nn.Module], int | None] = lambda module: 1
     claims: Callable[[nn.Module], Mapping[str, nn.Parameter]] = own_parameters
-    output_dim: Callable[[nn.Module, int], int | None] = lambda module, index: None
+    led: Callable[[Call, Tensor, int], Tensor] = lambda call, grad, index: call.rows.lead(grad)
+    draws: Callable[[nn.Module], bool] = lambda module: False
+    shuffled: Callable[[Any], bool] = lambda arguments: False
 
     def rows(self, module: nn.Module, rows: Rows) -> Rows:
         """Where the records are in the tensors of a module, given where they are in the model's."""
@@ -56,12 +62,18 @@ class Rule:
 
 
 _RULES: dict[type[nn.Module], Rule] = {}
+_NAMED: dict[tuple[str, str], Rule] = {}
 
 
 def add_rule(*types: type[nn.Module], rule: Rule) -> None:
     """Let ``rule`` answer for modules whose `forward` is the one of these types."""
     for module_type in types:
         _RULES[module_type] = rule
+
+
+def add_rule_by_name(module: str, name: str, *, rule: Rule) -> None:
+    """Let ``rule`` answer for a class of a library that is not imported here, known by its module and its name."""
+    _NAMED[module, name] = rule
 
 
 def find_rule(module: nn.Module) -> Rule | None:
@@ -73,7 +85,7 @@ def find_rule(module: nn.Module) -> Rule | None:
     if "forward" in vars(module):
         return None
     for base in type(module).__mro__:
-        rule = _RULES.get(base)
+        rule = _RULES.get(base) or _NAMED.get((base.__module__, base.__qualname__))
         if rule is not None:
             known = module.forward.__func__ is base.forward  # type: ignore[attr-defined]
             own = {name for name, p in module._parameters.items() if p is not None}

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ghostgrad.errors import PrivacyError, UnsupportedModuleError
-from ghostgrad.layers import Call, Rows, Rule
+from ghostgrad.layers import Call, Randomness, Rows, Rule
 from ghostgrad.recording.hooks import Hook
 from ghostgrad.recording.plan import Layout, Plan, with_batch
 from ghostgrad.recording.probe import Probe
@@ -38,7 +38,7 @@ class Modules:
         self.tape: Tape | None = None
         """The forward that is being recorded, or whose graph is being run backward."""
         self._paused = False
-        self._open: list[list[nn.Parameter]] = []
+        self._open: list[tuple[list[nn.Parameter], Randomness | None]] = []
         self._watched: dict[str, list[Any]] = {}
 
     # ------------------------------------------------------------------ attaching
@@ -96,18 +96,19 @@ class Modules:
         if not self._paused and self.tape is not None and self.tape.n:
             # One that is off already belongs to an enclosing call, which answers for it.
             claimed = [p for p in self.plan.claims(path, module).values() if p.requires_grad]
-        self._open.append(claimed)
+        draws = bool(claimed) and self.plan.rule(path, module).draws(module)
+        self._open.append((claimed, Randomness.now(claimed[0].device) if draws else None))
         for p in claimed:
             p.requires_grad_(False)
 
     def restore(self) -> None:
         """Switch on what an interrupted forward left off (an interrupt skips the hooks that an error does not)."""
         while self._open:
-            for p in self._open.pop():
+            for p in self._open.pop()[0]:
                 p.requires_grad_(True)
 
     def _leave(self, path: str, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
-        claimed = self._open.pop() if self._open else []
+        claimed, randomness = self._open.pop() if self._open else ([], None)
         for p in claimed:
             p.requires_grad_(True)
         tape = self.tape
@@ -121,12 +122,12 @@ class Modules:
         parameters = {
             name: p for name, p in self.plan.claims(path, module).items() if any(p is claim for claim in claimed)
         }
-        passed = iter(self._probe(tape, path, module, parameters, (args, kwargs), outs))
+        passed = iter(self._probe(tape, path, module, parameters, (args, kwargs), outs, randomness))
         return map_tensors(lambda t: next(passed) if t.is_floating_point() else t, output)
 
     def _probe(
         self, tape: Tape, path: str, module: nn.Module, parameters: Mapping[str, nn.Parameter], inputs: Any,
-        outs: list[Tensor],
+        outs: list[Tensor], randomness: Randomness | None,
     ) -> Any:  # fmt: skip
         rule = self._supported_rule(path, module)
         shown = path or type(module).__name__
@@ -136,7 +137,7 @@ class Modules:
         where = rule.rows(module, rows)
         signature = (path, *((t.dim(), where.dim(t), t.shape[:1] == (tape.n,)) for t in (*keep, *outs)))
         copies = None
-        if signature not in self.proved:
+        if signature not in self.proved or rule.shuffled(inputs):
             tape.unproved.add(signature)
             copies = tuple(out.detach().clone() for out in outs)
         tape.calls.update(parameters.values())
@@ -148,7 +149,7 @@ class Modules:
                     f"that a module kept, such as an auxiliary loss). Return that value from the root's forward."
                 )
             args, kwargs = rebuild(kept())
-            self.fired(tape, rule, Call(module, shown, parameters, args, kwargs, grads, copies, rows))
+            self.fired(tape, rule, Call(module, shown, parameters, args, kwargs, grads, copies, rows, randomness))
 
         return Probe.apply(fired, keep, len(outs), *outs, *parameters.values())  # type: ignore[no-untyped-call]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -48,12 +49,12 @@ def check_call(rule: Rule, call: Call, keep: Tensor) -> None:
         PrivacyError: when they do. Rows that are not finite are passed over: 0 * inf is not a leak.
     """
     rows = rule.rows(call.module, call.rows)
+    call = replace(call, rows=rows)
     for index, grad in enumerate(call.grad_outputs):
-        dim = rule.output_dim(call.module, index)
-        if grad is None or dim == -1:
+        if grad is None:
             continue
-        by_record = rows.split(grad) if dim is None else grad.movedim(dim, 0)
-        others = by_record[~keep.to(grad.device)]
+        led = rule.led(call, grad, index)
+        others = led.reshape(rows.n, -1, *led.shape[1:])[~keep.to(grad.device)]
         if bool((others[others.isfinite()] != 0).any()):
             raise PrivacyError(
                 f"{rows.path}: the gradient of one record reaches the rows of others, so clipping rows does not bound a "

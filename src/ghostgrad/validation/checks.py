@@ -61,13 +61,6 @@ def _fault(path: str, module: nn.Module) -> ModuleFault | None:
             "ModuleValidator.fix(module) puts one without them in its place, with the same affine weights",
         )
     rule = find_rule(module)
-    if rule is None and isinstance(module, nn.MultiheadAttention) and any(p.requires_grad for p in module.parameters()):
-        return IllegalModuleConfigurationError(
-            path,
-            f"{type(module).__name__} uses the weights of its out_proj without calling it, and has no rule of its own",
-            "freeze it with requires_grad_(False), or build the attention from Linear layers and "
-            "torch.nn.functional.scaled_dot_product_attention",
-        )
     reason = rule.refuses(module) if rule is not None else None
     return None if reason is None else IllegalModuleConfigurationError(path, f"{describe(module)}: {reason}")
 
