@@ -38,7 +38,7 @@ demo: $(EXAMPLES) $(IMAGES)
 	$(BIN)/python examples/images.py $(ARGS)
 
 test: $(DEV) data
-	$(BIN)/python -m pytest $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto $(ARGS)
 
 data: $(IMAGES) $(TABLES) $(SPEECHES)
 
