@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass
+from typing import Any
 
+import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
@@ -56,7 +58,8 @@ def fix(module: nn.Module) -> Fixed:
     The new layer takes over the old one's affine weights (the parameters themselves: ties, ``requires_grad``, dtype and
     device stay), ``eps`` and training flag. A layer in several places stays one layer. The given module is not touched.
     A BatchNorm in eval mode with running statistics is private as it is and stays. A subclass with a forward of its own
-    is left alone, because what else it computes would be lost; the validator reports it.
+    that is seen to be a BatchNorm followed by its sub-modules (an activation, dropout) becomes GroupNorm followed by these;
+    any other is left alone, because what else it computes would be lost, and the validator reports it.
 
     GroupNorm computes something else than BatchNorm: expect to fine-tune a pre-trained model after this.
 
@@ -71,10 +74,7 @@ def fix(module: nn.Module) -> Fixed:
         new = _replacement(part)
         if new is not None:
             replaced[part] = new
-            after = (
-                f"{type(new).__name__}({new.num_groups}, {new.num_channels})" if isinstance(new, nn.GroupNorm) else ""
-            )
-            changes.append(Change(path, describe(part), after or f"{describe(new)} without running statistics"))
+            changes.append(Change(path, describe(part), _described(new)))
     for parent in list(clone.modules()):
         for name, child in list(parent._modules.items()):
             if child in replaced:
@@ -82,10 +82,23 @@ def fix(module: nn.Module) -> Fixed:
     return Fixed(replaced.get(clone, clone), changes)
 
 
+def _described(new: nn.Module) -> str:
+    if isinstance(new, nn.Sequential):
+        return " + ".join(_described(part) for part in new)
+    if isinstance(new, nn.GroupNorm):
+        return f"GroupNorm({new.num_groups}, {new.num_channels})"
+    return f"{describe(new)} without running statistics" if isinstance(new, _InstanceNorm) else type(new).__name__
+
+
 def _replacement(module: nn.Module) -> nn.Module | None:
     """The layer to put in place of this one, or None where it can stay or nothing fits."""
-    if is_parametrized(module) or not _standard_forward(module):
+    if is_parametrized(module):
         return None
+    following: list[nn.Module] = []
+    if not _standard_forward(module):
+        if not _normalises_then_runs_its_children(module):
+            return None
+        following = list(module.children())
     new: nn.Module
     if isinstance(module, _BatchNorm) and mixes_records(module):
         channels = module.num_features
@@ -98,7 +111,8 @@ def _replacement(module: nn.Module) -> nn.Module | None:
         return None
     new.affine = module.affine
     new.weight, new.bias = module.weight, module.bias
-    return new.train(module.training)
+    new.train(module.training)
+    return nn.Sequential(new, *following).train(module.training) if following else new
 
 
 def _standard_forward(module: nn.Module) -> bool:
@@ -106,6 +120,26 @@ def _standard_forward(module: nn.Module) -> bool:
     if "forward" in vars(module):
         return False
     return type(module).forward in (_BatchNorm.forward, nn.SyncBatchNorm.forward, _InstanceNorm.forward)
+
+
+@torch.no_grad()
+def _normalises_then_runs_its_children(module: nn.Module) -> bool:
+    """Whether a BatchNorm with a forward of its own is one followed by its sub-modules (an activation, dropout).
+
+    Found by what it computes on random numbers in eval mode, not by its name.
+    """
+    dims = {nn.BatchNorm1d: 2, nn.BatchNorm2d: 4, nn.BatchNorm3d: 5}
+    rank = next((dims[t] for t in dims if isinstance(module, t)), None)
+    if rank is None or module.running_mean is None or not list(module.children()):
+        return False
+    twin: Any = copy.deepcopy(module).eval()
+    shape = (2, twin.num_features, *[3] * (rank - 2))
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(twin.running_mean)
+    expected = nn.functional.batch_norm(x, twin.running_mean, twin.running_var, twin.weight, twin.bias, eps=twin.eps)
+    for child in twin.children():
+        expected = child(expected)
+    found = twin(x)
+    return isinstance(found, torch.Tensor) and found.shape == expected.shape and torch.allclose(found, expected)
 
 
 def _groups(channels: int) -> int:
