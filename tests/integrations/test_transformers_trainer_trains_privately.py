@@ -172,6 +172,24 @@ def test_resuming_goes_on_with_what_was_spent(tmp_path: Path) -> None:
     assert resumed.private.optimizer.steps == 4
 
 
+def test_going_back_to_a_checkpoint_does_not_forget_what_was_spent_after_it(tmp_path: Path) -> None:
+    plan = PrivacyPlan(target_delta=1e-3, noise_multiplier=1.0)
+    run = trainer(tmp_path, gpt2(), language(), plan, save_strategy="steps", save_steps=2, max_steps=4)
+    run.train()
+    run.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert len(run.engine.accountant) == run.engine.steps == 6
+
+
+def test_a_checkpoint_adds_to_what_another_training_has_spent(tmp_path: Path) -> None:
+    plan = PrivacyPlan(target_delta=1e-3, noise_multiplier=1.0)
+    options = {"save_strategy": "steps", "save_steps": 2, "max_steps": 2}
+    trainer(tmp_path, gpt2(), language(), plan, **options).train()
+    run = trainer(tmp_path, gpt2(), language(), plan, **{**options, "max_steps": 3})
+    run.engine.accountant.step(noise_multiplier=5.0, sample_rate=0.5, steps=7)
+    run.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert len(run.engine.accountant) == 7 + 2 + 1
+
+
 def test_a_seeded_run_does_not_repeat_its_draws_when_resumed(tmp_path: Path) -> None:
     plan = PrivacyPlan(target_delta=1e-3, noise_multiplier=1.0, seed=1)
     options = {"save_strategy": "steps", "save_steps": 2, "max_steps": 4}

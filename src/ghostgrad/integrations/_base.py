@@ -18,12 +18,12 @@ def require(package: str, needed_by: str) -> Any:
     try:
         return importlib.import_module(package)
     except ImportError as error:
-        raise MissingDependencyError(f"{needed_by} needs {package}: pip install {package}") from error
+        raise MissingDependencyError(f"{needed_by} needs {package}: pip install {package.split('.')[0]}") from error
 
 
 def base_class(package: str, name: str, needed_by: str) -> Any:
     """The class ``package.name``; without the package, a class that says so when an object of it is made."""
-    if importlib.util.find_spec(package) is not None:
+    if importlib.util.find_spec(package.split(".")[0]) is not None:
         return getattr(importlib.import_module(package), name)
 
     class Missing:

@@ -10,6 +10,7 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 
+from ghostgrad.accounting import Ledger
 from ghostgrad.engine import GradSampleMode, PrivacyEngine
 from ghostgrad.errors import ConfigurationError
 from ghostgrad.optimizer import DPOptimizer
@@ -87,17 +88,13 @@ class PrivateRun:
         max_grad_norm: float | Sequence[float],
         accumulation_steps: int,
         total_steps: int,
-        noise_multiplier: float | None = None,
     ) -> PrivateRun:
         """Make the three private.
 
         Args:
-            total_steps: logical steps of the whole training.
-            noise_multiplier: that of the training which is resumed; None in a new one.
+            total_steps: logical steps of the whole training, those before it was resumed included.
         """
-        sigma = plan.noise_multiplier if noise_multiplier is None else noise_multiplier
-        if sigma is None:
-            assert plan.target_epsilon is not None
+        if plan.target_epsilon is not None:
             _, private, loader = engine.make_private_with_epsilon(
                 module=module, optimizer=optimizer, data_loader=data_loader, target_epsilon=plan.target_epsilon,
                 target_delta=plan.target_delta, total_steps=total_steps, max_grad_norm=max_grad_norm,
@@ -105,8 +102,9 @@ class PrivateRun:
                 accumulation_steps=accumulation_steps,
             )  # fmt: skip
         else:
+            assert plan.noise_multiplier is not None
             _, private, loader = engine.make_private(
-                module=module, optimizer=optimizer, data_loader=data_loader, noise_multiplier=sigma,
+                module=module, optimizer=optimizer, data_loader=data_loader, noise_multiplier=plan.noise_multiplier,
                 max_grad_norm=max_grad_norm, clipping=plan.clipping, grad_sample_mode=plan.grad_sample_mode,
                 poisson_sampling=plan.poisson_sampling, accumulation_steps=accumulation_steps,
             )  # fmt: skip
@@ -141,9 +139,22 @@ class PrivateRun:
                 f"the checkpoint was trained with noise_multiplier={state['noise_multiplier']}, and the plan gives "
                 f"{self.noise_multiplier}. Resume with the same plan, data and number of steps."
             )
-        if len(self.engine.accountant) < state["steps"]:  # else this very run spent what the checkpoint knows, and more
-            self.engine.accountant.load_state_dict(state["accountant"])
+        spent = Ledger.from_state_dict(state["accountant"]["ledger"])
+        if not _extends(self.engine.accountant.ledger, spent):  # else this very run wrote the checkpoint, and went on
+            for event, count in spent:
+                self.engine.accountant.record(event, count)
         self.optimizer.steps = max(self.optimizer.steps, state["steps"])
         sampler = self.loader.batch_sampler
         if isinstance(sampler, PoissonBatchSampler):
             sampler.epoch = max(sampler.epoch, state["epoch"] + 1)
+
+
+def _extends(ledger: Ledger, earlier: Ledger) -> bool:
+    """Whether ``ledger`` begins with all of ``earlier``; equal releases in a row are one entry."""
+    mine, theirs = list(ledger), list(earlier)
+    if not theirs:
+        return True
+    if len(mine) < len(theirs) or mine[: len(theirs) - 1] != theirs[:-1]:
+        return False
+    (event, count), (last, least) = mine[len(theirs) - 1], theirs[-1]
+    return event == last and count >= least
