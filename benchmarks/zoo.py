@@ -94,7 +94,7 @@ def page(rows: dict[Architecture, dict[str, Outcome]]) -> str:
         "# Supported models",
         "",
         "Written by `python benchmarks/zoo.py`. Every model is built small, with random weights and without dropout; batch",
-        "normalisation was replaced by `ModuleValidator.fix`, or put in eval mode where a library has its own. One private",
+        "normalisation was replaced by `ModuleValidator.fix`, or put in eval mode. One private",
         "step without noise, with a bound that clips half of the records, is compared with the step that sends records",
         "through the model one by one. *Exact*: float32, within 2e-4 of the update's norm. *Refused*: an error says why, and",
         "nothing was trained.",

@@ -52,6 +52,9 @@ class Architecture:
             for p in model.parameters():
                 p.add_(torch.randn_like(p), alpha=0.05)
         model.train()
+        for module in model.modules():
+            if isinstance(module, nn.modules.dropout._DropoutNd):
+                module.p = 0.0
         if self.batch_norm == "frozen":
             for module in model.modules():
                 if isinstance(module, nn.modules.batchnorm._BatchNorm):

@@ -54,10 +54,10 @@ _MODELS: tuple[tuple[str, str, dict[str, object], Literal["none", "replaced", "f
     ("XCiT (timm)", "xcit_nano_12_p16_224", {"img_size": 32, "patch_size": 8, "embed_dim": 24, "depth": 1,
         "num_heads": 3}, "replaced"),
     ("CoAtNet (timm)", "coatnet_nano_rw_224", {"img_size": 64, "embed_dim": (32, 32, 32, 64), "depths": (1, 1, 1, 1),
-        "stem_width": 8}, "frozen"),
-    ("MobileNetV3 (timm)", "mobilenetv3_small_050", {}, "frozen"),
+        "stem_width": 8}, "replaced"),
+    ("MobileNetV3 (timm)", "mobilenetv3_small_050", {}, "replaced"),
     ("RegNet (timm)", "regnety_002", {"depth": 8, "w0": 8, "wa": 8.0, "wm": 2.0, "group_size": 4, "stem_width": 8},
-        "frozen"),
+        "replaced"),
     ("MobileNetV4 (timm)", "mobilenetv4_conv_small_035", {}, "frozen"),
     ("TinyViT (timm)", "tiny_vit.TinyVit", {"embed_dims": (8, 16, 16, 32), "depths": (1, 1, 1, 1), "num_heads": (1, 2,
         2, 4), "drop_path_rate": 0.0}, "replaced"),
@@ -82,7 +82,7 @@ def _named(path: str) -> Any:
 
 
 def architectures() -> list[Architecture]:
-    """Small forms. Batch normalisation that `ModuleValidator.fix` does not know (timm's with activation) stays in eval mode."""
+    """Small forms; batch normalisation is replaced by `ModuleValidator.fix`, or stays in eval mode."""
 
     def same(output: Tensor | tuple[Tensor, Tensor]) -> Tensor:
         return output if isinstance(output, Tensor) else (output[0] + output[1]) / 2
