@@ -95,7 +95,7 @@ class PrivacyEngine:
             raise ConfigurationError(
                 f"seed={seed} with secure_mode=True: noise that a seed determines is not secret. Leave the seed out."
             )
-        self.accountant: Accountant = create_accountant(accountant)
+        self._accountant = create_accountant(accountant)
         self.secure_mode = secure_mode
         self._key = RunKey.from_os() if seed is None else RunKey.from_seed(seed)
         self._sessions: list[_Session] = []
@@ -166,6 +166,7 @@ class PrivacyEngine:
             check_criterion(criterion, loss_reduction)
         key = RunKey(self._key.derive("session", self._opened), seeded=self._key.seeded)
         noise = self._noise(key, noise_generator)
+        setup.check_sampling(data_loader, poisson_sampling)
         loader = setup.private_loader(data_loader, key, poisson_sampling, sample_rate, accumulation_steps)
         rate, size = setup.public_sizes(loader, sample_rate, expected_batch_size, accumulation_steps)
         count = len(trainable(optimizer.param_groups))
@@ -183,6 +184,7 @@ class PrivacyEngine:
         private = self._sessions[-1].optimizer
         if criterion is None:
             return module, private, loader
+        self._sessions[-1].recorder.losses.taken_apart = True
         return module, private, proved(criterion, loss_reduction, batch_first=batch_first), loader
 
     def make_private_with_epsilon(
@@ -326,6 +328,11 @@ class PrivacyEngine:
         other = create_accountant(accountant)
         other.ledger = self.accountant.ledger
         return other.get_epsilon(delta)
+
+    @property
+    def accountant(self) -> Accountant:
+        """What was released so far. It cannot be replaced: private optimizers report to it."""
+        return self._accountant
 
     @property
     def steps(self) -> int:

@@ -109,7 +109,7 @@ class DPOptimizer(Optimizer):
 
     @max_grad_norm.setter
     def max_grad_norm(self, value: Any) -> None:
-        if self.total.logical_batches and value != self.max_grad_norm:
+        if self.total.holds and value != self.max_grad_norm:
             raise PrivacyError(
                 f"max_grad_norm was set to {value} while a logical batch is being summed: its records would be clipped to "
                 f"different bounds. Change it right after optimizer.step()."

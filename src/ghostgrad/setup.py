@@ -136,6 +136,15 @@ def check_optimizer(optimizer: Optimizer, module: nn.Module) -> None:
         raise ConfigurationError("none of the optimizer's parameters is trainable (requires_grad=True).")
 
 
+def check_sampling(data_loader: DataLoader[Any] | None, poisson_sampling: bool) -> None:
+    """Refuse batches of which nothing is known: without a loader only Poisson draws of the stated rate can be accounted."""
+    if data_loader is None and not poisson_sampling:
+        raise ConfigurationError(
+            "poisson_sampling=False with data_loader=None: which records share a pass is not known, so nothing but independent "
+            "draws at sample_rate can be accounted. Give the data_loader, or draw batches by Poisson sampling yourself."
+        )
+
+
 def private_loader(
     data_loader: DataLoader[Any] | None,
     key: RunKey,

@@ -162,6 +162,25 @@ def test_sample_rate(value: float) -> None:
     assert_refused(arguments() | {"sample_rate": value}, "sample_rate")
 
 
+def test_no_loader_means_poisson_sampling() -> None:
+    given = arguments() | {"data_loader": None, "sample_rate": 0.1, "expected_batch_size": 2.0}
+    assert_refused(given | {"poisson_sampling": False}, "which records share a pass is not known")
+
+
+def test_the_accountant_of_an_engine_cannot_be_replaced() -> None:
+    engine = PrivacyEngine()
+    with pytest.raises(AttributeError):
+        engine.accountant = None
+
+
+def test_the_bound_stays_while_records_are_held_without_a_loader() -> None:
+    given = arguments() | {"data_loader": None, "sample_rate": 0.1, "expected_batch_size": 2.0}
+    module, optimizer, _ = PrivacyEngine(seed=0).make_private(**given)
+    nn.functional.cross_entropy(module(torch.randn(3, 4)), torch.tensor([0, 1, 0])).backward()
+    with pytest.raises(PrivacyError, match="while a logical batch"):
+        optimizer.max_grad_norm = 0.1
+
+
 def test_no_loader_needs_rate_and_size() -> None:
     assert_refused(arguments() | {"data_loader": None}, "sample_rate and expected_batch_size")
 

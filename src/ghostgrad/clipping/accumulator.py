@@ -57,6 +57,11 @@ class ClippedSum:
             self._closed = self._delivery().piece
 
     @property
+    def holds(self) -> bool:
+        """Whether anything was added since the last step."""
+        return bool(self._sums or self.logical_batches)
+
+    @property
     def draws(self) -> int:
         """How many draws of the loader the step stands for: those in the sum, and empty ones that the loop skipped.
 

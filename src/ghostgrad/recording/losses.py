@@ -1,29 +1,44 @@
-"""Looks at the user's loss, when its backward is called, for a divisor that depends on which records are in the batch.
+"""Looks at the user's loss, when its backward is called, for what would let one record change how others count.
 
-A loss that divides by the total class weight or the number of counted tokens of the batch rescales every record when one
-leaves. The gradients that arrive at the model show no trace of that, so it is looked for in the graph between the loss
-and the model: autograd's nodes say what they were made from. They forget it as soon as they have run, and torch has no hook
-for the start of a backward; therefore `torch.autograd.backward` is wrapped while a model is private.
+The gradients that arrive at the model show no trace of a divisor that depends on the batch, so it is looked for in the graph
+between the loss and the model: autograd's nodes say what they were made from. They forget it as soon as they have run, and
+torch has no hook for the start of a backward; therefore `torch.autograd.backward` is wrapped while a model is private.
 """
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ghostgrad.errors import PrivacyError
-
-_MEAN, _SUM = 1, 2
-"""`at::Reduction` in the saved attributes of torch's loss nodes."""
+from ghostgrad.recording import loss_terms, separable
 
 _MOST_NODES = 10_000
 """Further nodes are not looked at: behind so many there is another network, not a loss."""
 
 _BOUNDARY = "BoundaryBackward"
+
+
+@dataclass
+class LossKnowledge:
+    """What is known of the losses of one private model.
+
+    Attributes:
+        reduction: the declared one.
+        taken_apart: whether the criterion is checked by itself, on values (`recording.criterion`).
+        separable: whether the gradient of a record's outputs was shown not to depend on other records' outputs.
+        weights: what a record weighs in sums over the batch, as first seen.
+    """
+
+    reduction: str
+    taken_apart: bool = False
+    separable: bool = False
+    weights: list[float] = field(default_factory=list)
 
 
 class _Watch:
@@ -68,18 +83,22 @@ def check_losses(losses: Sequence[Tensor]) -> None:
     """Check the losses that a backward starts from, where they lead to a private model.
 
     Raises:
-        PrivacyError: for a loss that is not a scalar, a weighted mean, a mean over non-ignored targets, or a reduction
-            other than the declared one.
+        PrivacyError: for a loss that is not a scalar, is not a mean (or the declared sum) over the records with constant
+            weights, or compares records.
     """
     for loss in losses:
         nodes = list(_nodes(loss))
         boundaries = [node for node in nodes if node.name() == _BOUNDARY]
-        if boundaries:
-            _check_scalar(loss)
-            for boundary in boundaries:
-                _check_reduction(loss, boundary.loss_reduction)
-            for node in nodes:
-                _check_normaliser(node)
+        nodes = _leading_to(boundaries, nodes)
+        if not boundaries:
+            continue
+        _check_scalar(loss)
+        tape, knowledge = boundaries[0].tape, boundaries[0].knowledge
+        if tape.n:
+            loss_terms.check(loss.grad_fn, nodes, tape.n, knowledge)
+        if tape.n > 1 and not knowledge.separable:
+            separable.check(loss, boundaries)
+            knowledge.separable = True
 
 
 def _nodes(loss: Tensor) -> Iterator[Any]:
@@ -96,50 +115,25 @@ def _nodes(loss: Tensor) -> Iterator[Any]:
             todo.extend(following for following, _ in node.next_functions)
 
 
+def _leading_to(boundaries: Sequence[Any], nodes: Sequence[Any]) -> list[Any]:
+    """Those of the nodes that have a boundary behind them: the rest of a loss is not about records."""
+    above: dict[Any, list[Any]] = {}
+    for node in nodes:
+        for following, _ in node.next_functions:
+            above.setdefault(following, []).append(node)
+    found: set[Any] = set()
+    todo = list(boundaries)
+    while todo:
+        node = todo.pop()
+        if node not in found:
+            found.add(node)
+            todo.extend(above.get(node, ()))
+    return [node for node in nodes if node in found]
+
+
 def _check_scalar(loss: Tensor) -> None:
     if loss.numel() != 1:
         raise PrivacyError(
             f"the loss has shape {list(loss.shape)} and is not a scalar, so how it weighs the records is not known. Take the "
             f"mean (or the sum, with loss_reduction='sum') of the records' losses before backward."
-        )
-
-
-def _check_normaliser(node: Any) -> None:
-    if node.name() == "DivBackward0" and not node._input_metadata[0].shape and not _is_python_number(node._saved_other):
-        raise PrivacyError(
-            "the loss, one number by then, is divided by a tensor, such as the number of counted tokens or the total weight "
-            "in the batch: one record rescales the gradients of all others, and clipping does not bound that. Divide within "
-            "each record, then take the mean over the records; divide by a constant as a Python number."
-        )
-    if not node.name().startswith("NllLoss") or node._saved_reduction != _MEAN:
-        return
-    if node._saved_weight is not None:
-        raise PrivacyError(
-            "the loss is a mean weighted by class: it divides by the total weight of the batch, so one record rescales the "
-            "gradients of all others and clipping does not bound it. Use reduction='none' with the class weights and take "
-            "the mean over the records, or loss_reduction='sum' with reduction='sum'."
-        )
-    if bool((node._saved_target == node._saved_ignore_index).any()):
-        raise PrivacyError(
-            f"the loss is a mean over the targets that are not ignored (ignore_index={node._saved_ignore_index}): it divides "
-            f"by their number in the batch, so one record rescales the gradients of all others and clipping does not bound "
-            f"it. Take reduction='none', the mean within each record, then the mean over the records."
-        )
-
-
-def _is_python_number(operand: Tensor) -> bool:
-    """Whether an operand was written as a number: torch lets such a one not widen another scalar's type."""
-    narrow = torch.zeros((), dtype=torch.float16 if operand.is_floating_point() else torch.int8)
-    return torch.result_type(operand, narrow) == narrow.dtype
-
-
-def _check_reduction(loss: Tensor, loss_reduction: str) -> None:
-    node: Any = loss.grad_fn
-    found = _MEAN if node.name() == "MeanBackward0" else getattr(node, "_saved_reduction", None)
-    declared = _MEAN if loss_reduction == "mean" else _SUM
-    if found in (_MEAN, _SUM) and found != declared:
-        name = "mean" if found == _MEAN else "sum"
-        raise PrivacyError(
-            f"the loss is a {name} over the batch, but loss_reduction={loss_reduction!r}: the size of the batch, which is "
-            f"private, would scale every record's gradient. Call make_private with loss_reduction={name!r}."
         )

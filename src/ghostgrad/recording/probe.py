@@ -47,10 +47,12 @@ class Boundary(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, backward: Callable[..., Any], loss_reduction: str, anchor: Tensor, inputs: int, *tensors: Tensor
-    ) -> Any:
+        ctx: Any, backward: Callable[..., Any], tape: Any, knowledge: Any, batch_first: bool, anchor: Tensor, inputs: int,
+        *tensors: Tensor,
+    ) -> Any:  # fmt: skip
         # The anchor requires grad, so the outputs do, also where no input does.
-        ctx.loss_reduction = loss_reduction
+        # Looked at when the loss is checked, on the way from it to here.
+        ctx.tape, ctx.knowledge, ctx.batch_first, ctx.outputs = tape, knowledge, batch_first, len(tensors) - inputs
         ctx.run, ctx.inputs, ctx.others = backward, inputs, len(tensors) - inputs
         ctx.set_materialize_grads(False)
         return tuple(out.detach() for out in tensors[inputs:])
@@ -58,4 +60,4 @@ class Boundary(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor | None) -> Any:
-        return (None, None, None, None, *ctx.run(grads), *[None] * ctx.others)
+        return (*[None] * 6, *ctx.run(grads), *[None] * ctx.others)

@@ -17,11 +17,11 @@ from ghostgrad.gradients import Use
 from ghostgrad.layers import Call, Rows, Rule
 from ghostgrad.recording import proofs
 from ghostgrad.recording.hooks import Hook
-from ghostgrad.recording.losses import watch
+from ghostgrad.recording.losses import LossKnowledge, watch
 from ghostgrad.recording.modules import Modules
 from ghostgrad.recording.probe import Boundary
 from ghostgrad.recording.rehearsal import Rehearsal
-from ghostgrad.recording.rows import count_records, no_rows, one_row_of_zeros
+from ghostgrad.recording.rows import count_records, no_rows, one_row_of_zeros, permuted, rows_of
 from ghostgrad.recording.tape import Delivery, Recording, Tape
 from ghostgrad.tree import flatten, map_tensors, tensors
 
@@ -93,6 +93,7 @@ class Recorder:
     ) -> None:
         self.root, self.sink, self.delivery = root, sink, delivery
         self.batch_first, self.loss_reduction = batch_first, loss_reduction
+        self.losses = LossKnowledge(loss_reduction)
         self.observed: dict[str, Observation] = {}
         self.modules = Modules(root, self._fired, batch_first=batch_first, generic_only=generic_only)
         self._rehearsed = False
@@ -134,7 +135,7 @@ class Recorder:
         check_batch_norms(module)
         delivery = self.delivery() if self.delivery else None
         n = count_records(args, kwargs, delivery.records if delivery else None, batch_first=self.batch_first)
-        tape = Tape(n, delivery)
+        tape = Tape(n, delivery, rows_of(args, kwargs, n, batch_first=self.batch_first))
         self._live.add(tape)
         if n == 0:
             modules.tape = tape
@@ -183,7 +184,7 @@ class Recorder:
             return self._backward(recording, grads)
 
         passed = Boundary.apply(  # type: ignore[no-untyped-call]
-            run, self.loss_reduction, anchor, len(originals), *originals, *detached
+            run, tape, self.losses, self.batch_first, anchor, len(originals), *originals, *detached
         )
         new = iter(passed)
         return map_tensors(lambda t: next(new) if any(t is leaf for leaf in leaves) else t, output)
@@ -288,12 +289,7 @@ class Recorder:
         try:
             self._check_foreign_gradients()
             self.sink.admit(tapes)
-            sizes = {tape.n for tape in tapes}
-            if len(sizes) > 1:
-                raise PrivacyError(
-                    f"one backward joined forwards of {sorted(sizes)} records. Row i of each forward is taken as record i, "
-                    f"so they must have the same records. Call backward once for each batch."
-                )
+            check_same_records(tapes)
             if tapes[0].n:
                 self.sink.settle(tapes[0].n)
                 if self.sink.two_passes:
@@ -321,6 +317,26 @@ class Recorder:
                     f"earlier backward was not cleared (call optimizer.zero_grad()). Call the module itself, and use the "
                     f"optimizer's weight_decay for a penalty."
                 )
+
+
+def check_same_records(tapes: Sequence[Tape]) -> None:
+    """Forwards that are joined in one backward must hold the same records in the same rows.
+
+    Raises:
+        PrivacyError: for another number of records, or the same ones in another order.
+    """
+    first = tapes[0]
+    for other in tapes[1:]:
+        if other.n != first.n:
+            raise PrivacyError(
+                f"one backward joined forwards of {first.n} and {other.n} records. Row i of each forward is taken as record i, "
+                f"so they must have the same records. Call backward once for each batch."
+            )
+        if first.rows is not None and other.rows is not None and permuted(first.rows, other.rows):
+            raise PrivacyError(
+                "one backward joined two forwards of the same records in another order (flipped, rolled or shuffled): row i of "
+                "each is taken as record i, but holds another record. Compare views of one record, not records with each other."
+            )
 
 
 def check_batch_norms(root: nn.Module) -> None:

@@ -61,3 +61,20 @@ def without_first(tree: Any, n: int, *, batch_first: bool) -> Any:
         return tensor.narrow(dim, 1, n - 1) if tensor.dim() > dim and tensor.shape[dim] == n else tensor
 
     return map_tensors(cut, tree)
+
+
+def rows_of(args: Any, kwargs: Any, n: int, *, batch_first: bool) -> Tensor | None:
+    """The first tensor of a call that holds the records, with them first; None if there is none."""
+    dim = 0 if batch_first else 1
+    for tensor in tensors((args, kwargs)):
+        if tensor.dim() > dim and tensor.shape[dim] == n:
+            return tensor.detach().movedim(dim, 0)
+    return None
+
+
+def permuted(first: Tensor, second: Tensor) -> bool:
+    """Whether two tensors hold the same rows in another order."""
+    if first.shape != second.shape or first.dtype != second.dtype or torch.equal(first, second):
+        return False
+    sums = [tensor.reshape(len(tensor), -1).double().sum(1) for tensor in (first, second)]
+    return torch.equal(sums[0].sort().values, sums[1].sort().values) and not torch.equal(*sums)

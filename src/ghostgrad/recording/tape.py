@@ -26,6 +26,7 @@ class Tape:
     Attributes:
         n: the records in it.
         delivery: which batch of the private loader it belongs to; None without such a loader.
+        rows: the first of the root's inputs that holds the records, to compare forwards that are joined in one backward.
         inputs: the root's inputs that require grad, and the leaves that stood in for them inside.
         calls: how many probes of each parameter have not fired yet.
         unproved: the layouts of calls that row isolation was not shown for yet.
@@ -34,6 +35,7 @@ class Tape:
 
     n: int
     delivery: Delivery | None
+    rows: Tensor | None = None
     inputs: list[tuple[Tensor, Tensor]] = field(default_factory=list)
     calls: Counter[nn.Parameter] = field(default_factory=Counter)
     unproved: set[object] = field(default_factory=set)
