@@ -91,6 +91,9 @@ class PrivacyEngine:
     def __init__(
         self, accountant: str | Accountant = "rdp", secure_mode: bool = False, seed: int | None = None
     ) -> None:
+        setup.check_flags(secure_mode=secure_mode)
+        if seed is not None and (isinstance(seed, bool) or not isinstance(seed, int)):
+            raise ConfigurationError(f"seed={seed!r} must be an integer, or None.")
         if secure_mode and seed is not None:
             raise ConfigurationError(
                 f"seed={seed} with secure_mode=True: noise that a seed determines is not secret. Leave the seed out."
@@ -101,6 +104,7 @@ class PrivacyEngine:
         self._sessions: list[_Session] = []
         self._opened = 0
         self._guarantees: list[str] = []
+        self._budget: Budget | None = None
 
     # ------------------------------------------------------------------ making private
 
@@ -158,6 +162,8 @@ class PrivacyEngine:
         """
         mode = _mode(grad_sample_mode)
         choose("loss_reduction", loss_reduction, ("mean", "sum"))
+        setup.check_flags(batch_first=batch_first, poisson_sampling=poisson_sampling)
+        setup.check_numbers(sample_rate=sample_rate, expected_batch_size=expected_batch_size)
         sigma = setup.check_noise_multiplier(noise_multiplier)
         setup.check_not_distributed()
         setup.check_module(module)
@@ -242,6 +248,10 @@ class PrivacyEngine:
                 f"this engine has already spent {len(self.accountant)} releases; a target for a new training needs a new "
                 f"PrivacyEngine."
             )
+        setup.check_numbers(
+            target_epsilon=target_epsilon, target_delta=target_delta, epochs=epochs, total_steps=total_steps,
+            sample_rate=sample_rate, expected_batch_size=expected_batch_size,
+        )  # fmt: skip
         budget = Budget(self.accountant, target_epsilon, target_delta)
         # A rehearsal with a throw-away key: only the public rate and length of the loader matter.
         rehearsal = setup.private_loader(
@@ -263,7 +273,8 @@ class PrivacyEngine:
             sample_rate=sample_rate, expected_batch_size=expected_batch_size, accumulation_steps=accumulation_steps,
             noise_generator=noise_generator,
         )  # fmt: skip
-        self._sessions[-1].optimizer.budget = budget if keep_budget else None
+        if keep_budget:
+            self._budget = self._sessions[-1].optimizer.budget = budget
         return result
 
     def _noise(self, key: RunKey, generator: torch.Generator | None) -> NoiseMechanism:
@@ -303,6 +314,7 @@ class PrivacyEngine:
             accountant=self.accountant,
             spending=spending,
             bound_schedule=bound_schedule,
+            budget=self._budget,
         )
         recorder.attach()
         setup.claim(module, optimizer, private)

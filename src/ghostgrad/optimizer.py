@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -11,7 +12,7 @@ from torch.optim import Optimizer
 
 from ghostgrad.accounting import Accountant
 from ghostgrad.clipping import ClipFunction, ClippedSum, trainable
-from ghostgrad.errors import PrivacyError
+from ghostgrad.errors import ConfigurationError, PrivacyError
 from ghostgrad.noise import NoiseMechanism
 from ghostgrad.schedulers import Schedule, value_at
 from ghostgrad.spending import Budget, Spending
@@ -64,6 +65,8 @@ class DPOptimizer(Optimizer):
         self.bound_schedule = bound_schedule
         self.steps = 0
         """Logical steps made."""
+        self._noise_step = 0  # moves before the noise is drawn: an interrupted step must not repeat its noise
+        self._released = False
         self._written: dict[nn.Parameter, Tensor] = {}
         self._inner_step = optimizer.step
         optimizer.step = _fused_shut(optimizer)  # type: ignore[method-assign]
@@ -153,6 +156,10 @@ class DPOptimizer(Optimizer):
             PrivacyError: a parameter holds a gradient that the clipper did not produce.
         """
         self._refuse_grad_scaler()
+        if self._released:
+            raise PrivacyError(
+                "this DPOptimizer was detached; step with the original optimizer, or call make_private again."
+            )
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -164,8 +171,9 @@ class DPOptimizer(Optimizer):
 
     @torch.no_grad()
     def _release(self) -> None:
+        self._refuse_unrecorded()
         noise_multiplier = value_at(self.noise_multiplier, self.steps, "noise_multiplier")
-        draws, epochs = self.total.draws, set(self.total.epochs)
+        draws, epochs = len(self.total.logical_batches), set(self.total.epochs)
         releases = self.spending.releases(noise_multiplier, draws, epochs)
         if self.budget is not None:
             self.budget.check(releases)
@@ -173,6 +181,7 @@ class DPOptimizer(Optimizer):
         for sigma, rate, steps in releases:
             self.accountant.step(noise_multiplier=sigma, sample_rate=rate, steps=steps)
         self.spending.note(noise_multiplier, epochs)
+        self._noise_step += 1
         size = self.expected_batch_size * max(1, draws)
         self._write_gradients(noise_multiplier, size)
         self._update_clip_function(noise_multiplier, size)
@@ -189,13 +198,13 @@ class DPOptimizer(Optimizer):
             if not p.requires_grad:
                 continue
             total = self.total.take(p)
-            self.noise.add_(total, std=std, step=self.steps, index=index)
+            self.noise.add_(total, std=std, step=self._noise_step, index=index)
             p.grad = _towards_zero(total.div_(divisor), p.dtype)
             self._written[p] = p.grad
 
     def _update_clip_function(self, noise_multiplier: float, size: float) -> None:
         noise = torch.zeros(1, dtype=torch.float64)
-        self.noise.add_(noise, std=1.0, step=self.steps, index=_OWN_RELEASE)
+        self.noise.add_(noise, std=1.0, step=self._noise_step, index=_OWN_RELEASE)
         self.clip_function.update(
             statistic=self.total.statistic,
             expected_batch_size=size,
@@ -220,6 +229,15 @@ class DPOptimizer(Optimizer):
                 )
             p.grad = None
 
+    def _refuse_unrecorded(self) -> None:
+        if self.total.passed_by and not self.total.holds:
+            raise PrivacyError(
+                "gradients went through the model but not through torch.autograd.backward as make_private found it (a reference "
+                "to it from before, or torch.autograd.grad alone), so nothing was clipped for this step. Call loss.backward()."
+            )
+        if not (math.isfinite(self.expected_batch_size) and self.expected_batch_size > 0):
+            raise ConfigurationError(f"expected_batch_size={self.expected_batch_size} must be positive and finite.")
+
     def _refuse_grad_scaler(self) -> None:
         if getattr(self, "grad_scale", None) is not None or getattr(self, "found_inf", None) is not None:
             raise PrivacyError(
@@ -233,6 +251,7 @@ class DPOptimizer(Optimizer):
 
     def release_original(self) -> None:
         """Give the original optimizer its own step back."""
+        self._released = True
         vars(self.original_optimizer).pop("step", None)
         if self._inner_step != self.original_optimizer.step:  # a scheduler had wrapped it before
             self.original_optimizer.step = self._inner_step  # type: ignore[method-assign]

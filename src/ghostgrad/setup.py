@@ -59,6 +59,20 @@ def check_noise_multiplier(noise_multiplier: float | Callable[[int], float]) -> 
     return float(value)
 
 
+def check_flags(**flags: object) -> None:
+    """Refuse anything but True and False: a string like "no" would count as yes."""
+    for name, value in flags.items():
+        if not isinstance(value, bool):
+            raise ConfigurationError(f"{name}={value!r} must be True or False.")
+
+
+def check_numbers(**numbers: object) -> None:
+    """Refuse what is not a number; None stands for not given."""
+    for name, value in numbers.items():
+        if value is not None and (isinstance(value, bool) or not isinstance(value, (int, float))):
+            raise ConfigurationError(f"{name}={value!r} must be a number.")
+
+
 def check_not_distributed() -> None:
     """Refuse a process group of several ranks: each would add its own full noise and report its own steps."""
     if torch.distributed.is_available() and torch.distributed.is_initialized():
@@ -87,6 +101,13 @@ def check_module(module: nn.Module) -> None:
         if part in _private:
             raise ConfigurationError(
                 f"{path or 'the module'} is private already; a second make_private would clip twice. Call engine.detach() first."
+            )
+    for name, p in module.named_parameters():
+        if isinstance(p, nn.parameter.UninitializedParameter):
+            raise ConfigurationError(f"{name} has no shape yet; run one forward pass on made-up inputs first.")
+        if p.requires_grad and p.is_complex():
+            raise ConfigurationError(
+                f"{name} is complex; clipping and noise are defined for real parameters. Use its real view."
             )
     if not any(p.requires_grad for p in module.parameters()):
         raise ConfigurationError(
@@ -118,6 +139,8 @@ def check_optimizer(optimizer: Optimizer, module: nn.Module) -> None:
             f"{type(optimizer).__name__} evaluates the loss several times in one step; each evaluation would be a release of "
             f"its own. Use an optimizer that takes one gradient a step (SGD, Adam, ...)."
         )
+    if isinstance(optimizer, torch.optim.SparseAdam):
+        raise ConfigurationError("SparseAdam needs sparse gradients, and noise is dense. Use Adam.")
     names = {p: name for name, p in module.named_parameters()}
     held = [p for group in optimizer.param_groups for p in group["params"]]
     foreign = [list(p.shape) for p in held if p not in names]
@@ -215,6 +238,8 @@ def planned_releases(
         raise ConfigurationError(f"{'epochs' if total_steps is None else 'total_steps'}={length} must be positive.")
     per_epoch = 1 / rate if loader is None else loader.steps_per_epoch
     if loader is None or loader.poisson_sampling:
+        if total_steps is not None and total_steps != int(total_steps):
+            raise ConfigurationError(f"total_steps={total_steps} must be a whole number.")
         return rate, math.ceil(length * per_epoch) if total_steps is None else int(length)
     # Without Poisson sampling a pass is one release of rate 1, however many steps it has.
     return 1.0, math.ceil(length if total_steps is None else length / per_epoch)
@@ -234,6 +259,11 @@ def clip_function(
         ConfigurationError: an unknown name, a bound that is not positive, or a list where one number is needed.
     """
     function = clipping if isinstance(clipping, ClipFunction) else _named(clipping, max_grad_norm, parameters)
+    given = list(max_grad_norm) if isinstance(max_grad_norm, Sequence) else max_grad_norm
+    if function is clipping and function.bound != given:
+        raise ConfigurationError(
+            f"max_grad_norm={max_grad_norm} but the clip function was built with {function.bound}; give the same to both."
+        )
     function.check(parameters)
     if isinstance(function, AdaptiveClipping):
         function.configure(expected_batch_size=expected_batch_size, noise_multiplier=noise_multiplier)

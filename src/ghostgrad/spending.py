@@ -86,6 +86,7 @@ class Budget:
         self.accountant = accountant
         self.target_epsilon, self.target_delta = target_epsilon, target_delta
         self._allowed: dict[tuple[float, float], int] = {}
+        self._expected = len(accountant)
 
     def check(self, releases: list[tuple[float, float, int]]) -> None:
         """Raise before a step that would spend too much.
@@ -93,6 +94,9 @@ class Budget:
         Raises:
             BudgetExhausted: naming what is spent and what the step would bring it to.
         """
+        if len(self.accountant) != self._expected:
+            self._allowed.clear()  # something else was spent in between
+        self._expected = len(self.accountant) + sum(steps for _, _, steps in releases)
         for noise_multiplier, sample_rate, steps in releases:
             allowed = self._allowed.get((noise_multiplier, sample_rate), 0)
             if allowed < steps:

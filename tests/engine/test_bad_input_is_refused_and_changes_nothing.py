@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset, WeightedRandomSampler
 
-from ghostgrad import BudgetExhausted, ConfigurationError, GhostgradError, PrivacyEngine, PrivacyError
+from ghostgrad import BudgetExhausted, ConfigurationError, FlatClipping, GhostgradError, PrivacyEngine, PrivacyError
 
 
 def arguments() -> dict[str, Any]:
@@ -249,6 +249,51 @@ def test_a_spent_budget_raises_before_it_touches_the_parameters() -> None:
     assert all(torch.equal(value, before[name]) for name, value in module.state_dict().items())
     assert engine.steps == 6
     assert engine.get_epsilon(1e-3) == spent
+
+
+def test_the_budget_counts_what_other_models_of_the_engine_spend() -> None:
+    given = arguments()
+    del given["noise_multiplier"]
+    engine = PrivacyEngine(seed=0)
+    _, optimizer, _ = engine.make_private_with_epsilon(**given, target_epsilon=2.0, target_delta=1e-3, total_steps=40)
+    optimizer.step()
+    optimizer.zero_grad()
+    _, other, _ = engine.make_private(**arguments() | {"noise_multiplier": optimizer.noise_multiplier})
+    for _ in range(30):
+        other.step()
+        other.zero_grad()
+    for _ in range(9):
+        optimizer.step()
+        optimizer.zero_grad()
+    with pytest.raises(BudgetExhausted):
+        optimizer.step()
+    assert engine.get_epsilon(1e-3) <= 2.0
+    assert engine.steps == 40
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"sample_rate": "a"}, {"expected_batch_size": "a"}, {"expected_batch_size": True}, {"poisson_sampling": "no"},
+        {"batch_first": None}, {"criterion": nn.CrossEntropyLoss(reduction="none")}, {"clipping": FlatClipping(10.0)},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_values_of_the_wrong_kind(wrong: dict[str, Any]) -> None:
+    assert_refused(arguments() | wrong, next(iter(wrong)).replace("clipping", "max_grad_norm"))
+
+
+@pytest.mark.parametrize("seed", ["a", 1.5, True])
+def test_seeds_that_are_not_integers(seed: Any) -> None:
+    with pytest.raises(ConfigurationError, match="seed"):
+        PrivacyEngine(seed=seed)
+
+
+def test_optimizers_and_parameters_that_noise_does_not_fit() -> None:
+    given = arguments()
+    assert_refused(given | {"optimizer": torch.optim.SparseAdam(given["module"].parameters())}, "SparseAdam")
+    lazy = nn.LazyLinear(3)
+    assert_refused(given | {"module": lazy, "optimizer": torch.optim.SGD(lazy.parameters(), lr=0.1)}, "no shape yet")
 
 
 def test_the_budget_can_be_turned_off() -> None:

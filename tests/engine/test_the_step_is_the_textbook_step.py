@@ -340,19 +340,129 @@ def test_empty_batches_are_steps_like_any_other(mode: str) -> None:
     assert all(p.isfinite().all() for p in model.parameters())
 
 
-def test_a_draw_that_was_skipped_because_it_was_empty_is_accounted() -> None:
-    """Two draws a step, undeclared; whether one of them was empty is private and must not change the accounting."""
+@pytest.mark.parametrize("how", ["continue", "step alone"])
+def test_an_empty_draw_cannot_be_skipped(how: str) -> None:
+    """Whether a step was made would tell that a draw was empty; a step without backward is fine."""
     engine, module, optimizer, loader = make(n=24, batch_size=1, noise_multiplier=2.0)
-    sizes = []
-    for number, (x, y) in enumerate(loader, start=1):
-        sizes.append(len(x))
-        if len(x):
-            backward(module, x, y)
-        if number % 2 == 0:
+
+    def epoch() -> None:
+        for x, y in loader:
+            if len(x):
+                backward(module, x, y)
+            elif how == "continue":
+                continue
             optimizer.step()
             optimizer.zero_grad()
-    assert 0 in sizes
-    assert engine.accountant.history == [(2.0 / math.sqrt(2), 1 / 24, 24)]
+
+    if how == "continue":
+        with pytest.raises(PrivacyError, match="skipped 1 empty batch"):
+            epoch()
+    else:
+        epoch()
+        for _ in loader:
+            pass  # a pass that only looks is not a training that skips
+        epoch()
+        assert engine.steps == 48
+        assert engine.accountant.history == [(2.0, 1 / 24, 48)]
+
+
+@pytest.mark.parametrize("zero_grad_first", [False, True])
+def test_an_empty_last_part_keeps_what_came_before_it(zero_grad_first: bool) -> None:
+    for seed in range(12):
+        _, module, optimizer, loader = make(n=6, batch_size=1, seed=seed, accumulation_steps=2)
+        seen: list[tuple[Tensor, Tensor]] = []
+        for x, y in loader:
+            if zero_grad_first:
+                optimizer.zero_grad()
+            seen.append((x, y))
+            expected = textbook_gradient(module, seen, 2.0)
+            backward(module, x, y)
+            optimizer.step()
+            if len(seen) == 2:
+                torch.testing.assert_close(gradient(module), expected, rtol=1e-9, atol=1e-12)
+                seen.clear()
+            if not zero_grad_first:
+                optimizer.zero_grad()
+
+
+def test_an_abandoned_batch_with_an_empty_part_does_not_count_as_a_draw() -> None:
+    for seed in range(12):
+        engine, module, optimizer, loader = make(
+            n=6, batch_size=1, seed=seed, accumulation_steps=2, noise_multiplier=1.0
+        )
+        x, y = next(iter(loader))
+        backward(module, x, y)
+        optimizer.step()
+        for x, y in loader:
+            backward(module, x, y)
+            optimizer.step()
+            optimizer.zero_grad()
+        assert engine.accountant.history == [(1.0, 2 / 6, 3)]
+
+
+def test_the_same_memory_in_a_later_step_is_refused() -> None:
+    _, module, optimizer, loader = make(poisson_sampling=False)
+    first = next(iter(loader))
+    batches = iter(loader)
+    next(batches)
+    backward(module, *first)
+    optimizer.step()
+    optimizer.zero_grad()
+    next(batches)
+    with pytest.raises(PrivacyError, match="the same records"):
+        backward(module, *first)
+
+
+def test_one_half_of_a_batch_twice_is_refused() -> None:
+    _, module, _, loader = make(n=24, batch_size=24)
+    x, y = next(iter(loader))
+    backward(module, x[:12], y[:12])
+    with pytest.raises(PrivacyError, match="the same records"):
+        backward(module, x[:12], y[:12])
+
+
+def test_a_backward_that_was_bound_before_is_noticed_at_the_step() -> None:
+    from torch.autograd import backward as bound_before
+
+    _, module, optimizer, loader = make()
+    x, y = next(batch for batch in loader if len(batch[0]))
+    bound_before(F.cross_entropy(module(x), y))
+    with pytest.raises(PrivacyError, match=r"Call loss\.backward"):
+        optimizer.step()
+    with pytest.raises(PrivacyError, match="inputs="):
+        F.cross_entropy(module(x), y).backward(inputs=list(module.parameters()))
+
+
+def test_parts_of_a_batch_joined_in_one_backward_are_refused() -> None:
+    _, module, _, loader = make(n=24, batch_size=24)
+    x, y = next(iter(loader))
+    with pytest.raises(PrivacyError, match="each part"):
+        (F.cross_entropy(module(x[:12]), y[:12]) + F.cross_entropy(module(x[12:]), y[12:])).backward()
+
+
+def test_an_interrupted_step_does_not_repeat_its_noise(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine, module, optimizer, _ = make(noise_multiplier=1.0)
+    inner = optimizer._inner_step
+
+    def interrupted() -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(optimizer, "_inner_step", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        optimizer.step()
+    first = gradient(module).clone()
+    optimizer.zero_grad()
+    monkeypatch.setattr(optimizer, "_inner_step", inner)
+    optimizer.step()
+    assert not torch.equal(first, gradient(module))
+    assert len(engine.accountant) == 2
+
+
+def test_a_detached_optimizer_does_not_step() -> None:
+    engine, _, optimizer, _ = make()
+    engine.detach()
+    with pytest.raises(PrivacyError, match="detached"):
+        optimizer.step()
 
 
 def test_sum_reduction_releases_the_undivided_sum() -> None:

@@ -577,6 +577,26 @@ def test_a_loss_computed_inside_the_model_is_refused() -> None:
 
 
 @pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mix", [centred, centred_detached, in_batch_attention], ids=lambda f: f.__name__)
+def test_a_head_of_zeros_does_not_hide_that_records_meet(mode: str, mix: Callable[[nn.Module, Tensor], Tensor]) -> None:
+    _, x, y = classifier()
+    model = Mixing(mix)
+    nn.init.zeros_(model.second.weight)
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(PrivacyError):
+        released_sum(model, cross_entropy, x, y, mode)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_dropout_does_not_hide_that_records_meet() -> None:
+    _, x, y = classifier()
+    for dropout in (lambda h: F.dropout(h, 0.3), nn.Dropout(0.3)):
+        model = Mixing(lambda m, h, drop=dropout: drop(h - h.mean(0).detach()))
+        with pytest.raises(PrivacyError):
+            released_sum(model, cross_entropy, x, y, "bk")
+
+
+@pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("permute", [lambda x: x.flip(0), lambda x: x.roll(1, 0)])
 def test_a_second_forward_of_the_same_records_in_another_order_is_refused(
     mode: str, permute: Callable[[Tensor], Tensor]

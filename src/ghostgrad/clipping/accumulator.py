@@ -21,17 +21,20 @@ class ClippedSum:
     Args:
         parameters: the trainable parameters of the optimizer, asked anew each time: layers may be frozen in between.
         delivery: what the private loader handed out last; None where there is no such loader.
-        empty_batches: the loader's note of draws that were empty; cleared by `close`.
+        empty_batches: the loader's note of draws that were empty and have not been stepped on, with their epoch.
     """
 
     def __init__(
         self,
         parameters: Callable[[], Sequence[nn.Parameter]],
         delivery: Callable[[], Delivery] | None,
-        empty_batches: set[int] | None = None,
+        empty_batches: dict[int, int] | None = None,
     ) -> None:
         self.parameters, self._delivery = parameters, delivery
-        self._empty_batches = set() if empty_batches is None else empty_batches
+        self._empty_batches = {} if empty_batches is None else empty_batches
+        self._trained_epochs: set[int] = set()
+        self._used: dict[int, tuple[Tensor, int]] = {}
+        self._used_before: dict[int, tuple[Tensor, int]] = {}
         self.not_finite = 0
         """Records dropped since the start because their gradient was not finite. Not private: do not publish it."""
         self._abandoned = self._closed = -1
@@ -44,6 +47,8 @@ class ClippedSum:
         """The clip function's own sum over the records."""
         self._rows: Counter[int] = Counter()
         self._last: Delivery | None = None
+        self.passed_by = False
+        """Whether a gradient went through the model's graph without being recorded (`torch.autograd.grad`)."""
         self.logical_batches: set[int] = set()
         """The draws of the private loader that are in the sum."""
         self.epochs: set[int] = set()
@@ -51,23 +56,19 @@ class ClippedSum:
 
     def close(self) -> None:
         """The sum was released: its records, and any others of the batch that is held, are spent."""
+        for number in self.logical_batches:
+            self._empty_batches.pop(number, None)
         self.clear()
-        self._empty_batches.clear()
+        self._used_before, self._used = self._used, {}
         if self._delivery:
-            self._closed = self._delivery().piece
+            held = self._delivery()
+            self._closed = held.piece
+            self._empty_batches.pop(held.logical_batch, None)
 
     @property
     def holds(self) -> bool:
         """Whether anything was added since the last step."""
         return bool(self._sums or self.logical_batches)
-
-    @property
-    def draws(self) -> int:
-        """How many draws of the loader the step stands for: those in the sum, and empty ones that the loop skipped.
-
-        Skipping a draw because it was empty must not show in the accounting: with another record it may not be empty.
-        """
-        return len(self.logical_batches | self._empty_batches)
 
     @property
     def complete(self) -> bool:
@@ -86,10 +87,11 @@ class ClippedSum:
         """What ``zero_grad`` means here: drop the sum, unless the logical batch it belongs to is still coming in."""
         held = self._delivery() if self._delivery else None
         if held is not None and held.logical_batch in self.logical_batches:
-            unused = self._rows[held.piece] < held.records
+            unused = held.piece not in self._rows or self._rows[held.piece] < held.records
             if not self.complete or unused:
                 return False
         self.clear()
+        self._used.clear()
         return True
 
     def admit(self, tapes: Sequence[Tape]) -> None:
@@ -112,6 +114,12 @@ class ClippedSum:
                 "the model was trained on a batch that the private loader did not hand out, so how it was sampled is not "
                 "known. Iterate over the data_loader that make_private returned."
             )
+        if len(tapes) > 1 and tapes[0].n < delivery.records:
+            raise PrivacyError(
+                f"one backward joined {len(tapes)} forwards of {tapes[0].n} rows of a batch of {delivery.records} records. Row i "
+                f"of each is taken as one record, which parts of a batch are not. Call backward once for each part."
+            )
+        self._check_skipped(delivery)
         last = self._last
         if last is not None and not last.last and last.logical_batch != delivery.logical_batch:
             self.clear()  # the loop left a logical batch in the middle
@@ -120,6 +128,8 @@ class ClippedSum:
                 "this batch was part of a step already. Another step on the same draw is not an independent sample, so its "
                 "privacy cannot be accounted. Take the next batch from the loader."
             )
+        if tapes[0].n:
+            self._check_memory(tapes[0].rows)
         used = self._rows[delivery.piece] + tapes[0].n
         if used > delivery.records:
             raise PrivacyError(
@@ -127,6 +137,35 @@ class ClippedSum:
                 f"{delivery.records} records: a record would count more than once in the step. Call backward once for each "
                 f"record (add losses up before backward), and keep one row for each record."
             )
+
+    def _check_skipped(self, delivery: Delivery) -> None:
+        """An empty draw is a step like any other: whether there was a step must not tell that it was empty."""
+        self._trained_epochs.add(delivery.epoch)
+        skipped = [
+            number
+            for number, epoch in self._empty_batches.items()
+            if epoch in self._trained_epochs and number != delivery.logical_batch and number not in self.logical_batches
+        ]
+        if skipped:
+            self._empty_batches.clear()
+            raise PrivacyError(
+                f"the loop skipped {len(skipped)} empty batch(es). Whether a step is made must not depend on whether records "
+                f"were drawn: run the model, backward and optimizer.step() on an empty batch as on any other (or call "
+                f"optimizer.step() alone); noise is added and accounted."
+            )
+
+    def _check_memory(self, rows: Tensor | None) -> None:
+        """The same memory, unchanged, in another backward is the same records again."""
+        if rows is None:
+            return
+        for used in (self._used, self._used_before):
+            before = used.get(rows.data_ptr())
+            if before is not None and before[1] == rows._version and before[0].shape == rows.shape:
+                raise PrivacyError(
+                    "the same records went through a backward before: in this step, or in the one before with another draw. "
+                    "They would count more than once, or in a step whose sampling is not theirs. Take each batch from the "
+                    "private loader, and each record of it once."
+                )
 
     def add(
         self, sums: Mapping[nn.Parameter, Tensor], tapes: Sequence[Tape], *, statistic: float = 0.0, dropped: int = 0
@@ -140,6 +179,9 @@ class ClippedSum:
         delivery = tapes[0].delivery
         if delivery is not None:
             self._last = delivery
+            rows = tapes[0].rows
+            if rows is not None and tapes[0].n:
+                self._used[rows.data_ptr()] = rows, rows._version
             self._rows[delivery.piece] += tapes[0].n
             self.logical_batches.add(delivery.logical_batch)
             self.epochs.add(delivery.epoch)

@@ -59,6 +59,10 @@ class Clipper:
         """Refuse records that must not be added to this step."""
         self.total.admit(tapes)
 
+    def note_pass(self) -> None:
+        """A gradient went by unrecorded."""
+        self.total.passed_by = True
+
     def measure(self, parameter: nn.Parameter, use: Use, *, complete: bool) -> str:
         """Take note of a use of a weight; returns the route its norm takes."""
         if parameter in self._sq_norms:

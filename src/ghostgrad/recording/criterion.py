@@ -29,6 +29,11 @@ def check_criterion(criterion: Any, loss_reduction: str) -> None:
         raise ConfigurationError(
             f"criterion.reduction={reduction!r} but loss_reduction={loss_reduction!r}; give make_private the same one."
         )
+    if reduction == "none":
+        raise ConfigurationError(
+            f"criterion.reduction='none' gives one loss for each record; backward needs a scalar. Build it with "
+            f"reduction={loss_reduction!r}."
+        )
     weighted = isinstance(criterion, (nn.CrossEntropyLoss, nn.NLLLoss)) and criterion.weight is not None
     if weighted and reduction == "mean":
         raise ConfigurationError(

@@ -216,8 +216,10 @@ def _check_cross_entropy(node: Any) -> None:
             "the mean over the records, or loss_reduction='sum' with reduction='sum'."
         )
     if bool((node._saved_target == node._saved_ignore_index).any()):
+        index = node._saved_ignore_index  # handed out as if it were unsigned
+        index = index - 2**64 if index >= 2**63 else index
         raise PrivacyError(
-            f"the loss is a mean over the targets that are not ignored (ignore_index={node._saved_ignore_index}): it divides "
+            f"the loss is a mean over the targets that are not ignored (ignore_index={index}): it divides "
             f"by their number in the batch, so one record rescales the gradients of all others and clipping does not bound "
             f"it. Take reduction='none', the mean within each record, then the mean over the records."
         )

@@ -66,7 +66,8 @@ class _Watch:
         @functools.wraps(self.original)
         def backward(tensors: Tensor | Sequence[Tensor], *args: Any, **options: Any) -> None:
             if not self.depth:
-                check_losses([tensors] if isinstance(tensors, Tensor) else list(tensors))
+                losses = [tensors] if isinstance(tensors, Tensor) else list(tensors)
+                check_losses(losses, only_some_inputs=options.get("inputs") is not None or len(args) > 3)
             self.depth += 1
             try:
                 self.original(tensors, *args, **options)
@@ -79,7 +80,7 @@ class _Watch:
 watch = _Watch()
 
 
-def check_losses(losses: Sequence[Tensor]) -> None:
+def check_losses(losses: Sequence[Tensor], *, only_some_inputs: bool = False) -> None:
     """Check the losses that a backward starts from, where they lead to a private model.
 
     Raises:
@@ -92,6 +93,11 @@ def check_losses(losses: Sequence[Tensor]) -> None:
         nodes = _leading_to(boundaries, nodes)
         if not boundaries:
             continue
+        if only_some_inputs:
+            raise PrivacyError(
+                "backward(inputs=...) would not reach the parameters of the private model. Leave inputs out; for gradients of "
+                "the model's inputs use torch.autograd.grad."
+            )
         _check_scalar(loss)
         tape, knowledge = boundaries[0].tape, boundaries[0].knowledge
         if tape.n:

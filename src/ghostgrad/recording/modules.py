@@ -88,6 +88,10 @@ class Modules:
         """Whether calls are not recorded now."""
         return self._paused
 
+    def prove(self, signatures: set[Any], shown: set[str]) -> None:
+        """Row isolation held for these calls; it counts for the modules at which there was a gradient to see."""
+        self.proved |= {signature for signature in signatures if (signature[0] or type(self.root).__name__) in shown}
+
     # ------------------------------------------------------------------ a module's call
 
     def _enter(self, path: str, module: nn.Module) -> None:

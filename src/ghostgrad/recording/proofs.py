@@ -8,8 +8,10 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.overrides import TorchFunctionMode
 
 from ghostgrad.errors import PrivacyError
 from ghostgrad.layers import Call, Rows, Rule
@@ -42,19 +44,25 @@ def mask_records(grads: Sequence[Tensor | None], rows: Rows, keep: Tensor) -> li
     return [None if grad is None else mask(grad) for grad in grads]
 
 
-def check_call(rule: Rule, call: Call, keep: Tensor) -> None:
+def check_call(rule: Rule, call: Call, keep: Tensor) -> bool:
     """At a probe, while only the records in ``keep`` have an output gradient: the other rows must have none.
+
+    Returns:
+        Whether the kept records had a gradient here: zeros everywhere show nothing.
 
     Raises:
         PrivacyError: when they do. Rows that are not finite are passed over: 0 * inf is not a leak.
     """
     rows = rule.rows(call.module, call.rows)
     call = replace(call, rows=rows)
+    shown = False
     for index, grad in enumerate(call.grad_outputs):
         if grad is None:
             continue
         led = rule.led(call, grad, index)
-        others = led.reshape(rows.n, -1, *led.shape[1:])[~keep.to(grad.device)]
+        by_record = led.reshape(rows.n, -1, *led.shape[1:])
+        shown = shown or bool(by_record[keep.to(grad.device)].count_nonzero())
+        others = by_record[~keep.to(grad.device)]
         if bool((others[others.isfinite()] != 0).any()):
             raise PrivacyError(
                 f"{rows.path}: the gradient of one record reaches the rows of others, so clipping rows does not bound a "
@@ -62,6 +70,7 @@ def check_call(rule: Rule, call: Call, keep: Tensor) -> None:
                 f"the rows of this layer are not ordered by record. Use a model that treats records one by one "
                 f"(GroupNorm for BatchNorm; ModuleValidator.fix does that), and fold with the record as the slowest index."
             )
+    return shown
 
 
 def check_forward(root: nn.Module, args: Any, kwargs: Any, n: int, *, batch_first: bool) -> None:
@@ -78,7 +87,7 @@ def check_forward(root: nn.Module, args: Any, kwargs: Any, n: int, *, batch_firs
     batch = (args, kwargs)
     rest = without_first(batch, n, batch_first=batch_first)
     for training in (True, False):
-        with torch.no_grad(), torch.random.fork_rng(), _mode(root, training=training):
+        with torch.no_grad(), torch.random.fork_rng(), _mode(root, training=training), _NoDraws():
             try:
                 whole, again = _forward(root, batch, seed=0), _forward(root, batch, seed=1)
                 if any(
@@ -131,6 +140,42 @@ def _close(before: Tensor, after: Tensor) -> bool:
         return True
     gap = (before - after)[finite].abs().max()
     return bool(gap <= _TOLERANCE.get(before.dtype, 1e-3) * before[finite].abs().max())
+
+
+class _NoDraws(TorchFunctionMode):
+    """Leaves dropout out wherever it is called, so that the rest of a forward can be compared."""
+
+    _DROPOUTS = frozenset(
+        {
+            torch.dropout, torch.feature_dropout, torch.alpha_dropout, F.dropout, F.dropout1d, F.dropout2d, F.dropout3d,
+            F.alpha_dropout, F.feature_alpha_dropout,
+        }
+    )  # fmt: skip
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = dict(kwargs or {})
+        if func in self._DROPOUTS:
+            return args[0] if args else kwargs["input"]
+        if func is F.scaled_dot_product_attention:
+            args = (*args[:4], 0.0, *args[5:]) if len(args) > 4 else args
+            if "dropout_p" in kwargs:
+                kwargs["dropout_p"] = 0.0
+        return func(*args, **kwargs)
+
+
+@contextmanager
+def shaken(root: nn.Module) -> Iterator[None]:
+    """Moves every parameter a little inside: with a zero-initialised head nothing would show that records meet."""
+    generator = torch.Generator().manual_seed(0)
+    before = [(p, p.detach().clone()) for p in root.parameters() if p.is_floating_point()]
+    try:
+        for p, value in before:
+            noise = torch.randn(p.shape, generator=generator, dtype=torch.float32).to(p)
+            p.data.add_(noise, alpha=0.02 + 0.1 * float(value.abs().mean()) if p.numel() else 0.0)
+        yield
+    finally:
+        for p, value in before:
+            p.data.copy_(value)
 
 
 @contextmanager

@@ -43,6 +43,9 @@ class Sink(Protocol):
     def admit(self, tapes: Sequence[Tape]) -> None:
         """Refuse records that must not be added to this step; called before any sum is touched."""
 
+    def note_pass(self) -> None:
+        """A gradient went through the graph that is not recorded (`torch.autograd.grad` of the inputs)."""
+
     def measure(self, parameter: nn.Parameter, use: Use, *, complete: bool) -> str:
         """Take note of a use; ``complete`` says that no other use of the weight can follow. Returns the route."""
 
@@ -99,6 +102,8 @@ class Recorder:
         self._rehearsed = False
         self._phase = Phase.MEASURE
         self._keep: Tensor | None = None
+        self._shown: set[str] = set()
+        """Modules at which a gradient arrived in the isolation under way."""
         self._round: list[Recording] = []
         self._live: weakref.WeakSet[Tape] = weakref.WeakSet()
         self._round_task = -1
@@ -148,10 +153,11 @@ class Recorder:
     def _rehearse(self, args: Any, kwargs: Any, n: int) -> None:
         """On the first batch: prove that records do not meet, and find how the modules' calls are to be read."""
         self._check_foreign_gradients()
-        if n > 1:
-            with self.modules.paused():
-                proofs.check_forward(self.root, args, kwargs, n, batch_first=self.batch_first)
-        Rehearsal(self.modules).run(args, kwargs, n)
+        with proofs.shaken(self.root):
+            if n > 1:
+                with self.modules.paused():
+                    proofs.check_forward(self.root, args, kwargs, n, batch_first=self.batch_first)
+            Rehearsal(self.modules).run(args, kwargs, n)
         self._rehearsed = n > 1  # a batch of one record cannot show where the records are
 
     @staticmethod
@@ -196,7 +202,8 @@ class Recorder:
             return
         if self._phase is Phase.ISOLATION:
             assert self._keep is not None
-            proofs.check_call(rule, call, self._keep)
+            if proofs.check_call(rule, call, self._keep):
+                self._shown.add(call.path)
             return
         with self.modules.paused():
             uses = rule.uses(call)
@@ -230,6 +237,7 @@ class Recorder:
 
     def _pass_through(self, recording: Recording, grads: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
         """`torch.autograd.grad` wants gradients of the inputs only: hand them on and record nothing."""
+        self.sink.note_pass()
         if recording.tape.n:
             self._run(recording, Phase.PASS, grads, retain=True)
             self._check_foreign_gradients()
@@ -265,10 +273,11 @@ class Recorder:
                 )
         recording.grads = [None if grad is None else grad * self._scale(tape) for grad in grads]
         if tape.unproved and tape.n > 1:
+            self._shown.clear()
             for keep in proofs.random_halves(tape.n):
                 self._keep = keep
                 self._run(recording, Phase.ISOLATION, proofs.mask_records(recording.grads, rows, keep), retain=True)
-            self.modules.proved |= tape.unproved
+            self.modules.prove(tape.unproved, self._shown)
             self._take_input_grads(tape, 1.0)
         self._run(recording, Phase.MEASURE, recording.grads, retain=self.sink.two_passes)
         self._check_foreign_gradients()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
@@ -38,7 +38,7 @@ class Tape:
     rows: Tensor | None = None
     inputs: list[tuple[Tensor, Tensor]] = field(default_factory=list)
     calls: Counter[nn.Parameter] = field(default_factory=Counter)
-    unproved: set[object] = field(default_factory=set)
+    unproved: set[Any] = field(default_factory=set)
     done: bool = False
 
 

@@ -19,8 +19,8 @@ class Feed:
         last: this piece completes its logical batch. ``True`` before the first piece: no batch is open.
         epoch: running number of the pass over the loader; -1 before the first.
         delivered: number of pieces handed out so far, over all passes.
-        empty_batches: logical batches of which an empty piece was handed out since the optimizer's last step. A loop may
-            skip these, and they are draws all the same.
+        empty_batches: logical batches that were handed out whole and empty, with their epoch, until a step was made for
+            them. A loop that skips these would show that they were empty.
 
     >>> Feed().delivered
     0
@@ -31,7 +31,8 @@ class Feed:
     last: bool = True
     epoch: int = -1
     delivered: int = 0
-    empty_batches: set[int] = field(default_factory=set, repr=False)
+    empty_batches: dict[int, int] = field(default_factory=dict, repr=False)
+    _all_empty: bool = field(default=True, repr=False)
     _opened: int = field(default=0, repr=False)
 
     def open(self) -> int:
@@ -41,7 +42,8 @@ class Feed:
 
     def deliver(self, logical_batch: int, *, records: int, last: bool, epoch: int) -> None:
         """Write down what the consumer is about to receive."""
+        self._all_empty = not records and (self._all_empty or logical_batch != self.logical_batch)
         self.logical_batch, self.records, self.last, self.epoch = logical_batch, records, last, epoch
         self.delivered += 1
-        if not records:
-            self.empty_batches.add(logical_batch)
+        if last and self._all_empty:
+            self.empty_batches[logical_batch] = epoch
