@@ -108,7 +108,8 @@ class DPOptimizer(Optimizer):
     @property
     def max_grad_norm(self) -> Any:
         """The clip bound: a number, or one for each parameter with per-layer clipping."""
-        return self.clip_function.bound
+        bound = self.clip_function.bound
+        return list(bound) if isinstance(bound, list) else bound
 
     @max_grad_norm.setter
     def max_grad_norm(self, value: Any) -> None:
@@ -118,6 +119,16 @@ class DPOptimizer(Optimizer):
                 f"different bounds. Change it right after optimizer.step()."
             )
         self.clip_function.rebound(value)
+
+    @property
+    def grad_samples(self) -> list[Tensor]:
+        """The per-sample gradients ``p.grad_sample`` of the trainable parameters, with ``grad_sample_mode="hooks"``."""
+        return [p.grad_sample for p in self.params if hasattr(p, "grad_sample")]
+
+    @property
+    def accumulated_iterations(self) -> int:
+        """How many draws of the loader are in the sum now, at least 1."""
+        return max(1, len(self.total.logical_batches))
 
     # ------------------------------------------------------------------ stepping
 

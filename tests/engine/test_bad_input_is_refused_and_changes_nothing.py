@@ -277,7 +277,7 @@ def test_the_budget_counts_what_other_models_of_the_engine_spend() -> None:
         {"sample_rate": "a"}, {"expected_batch_size": "a"}, {"expected_batch_size": True}, {"poisson_sampling": "no"},
         {"batch_first": None}, {"criterion": nn.CrossEntropyLoss(reduction="none")}, {"clipping": FlatClipping(10.0)},
     ],
-    ids=str,
+    ids=lambda wrong: next(iter(wrong)),
 )  # fmt: skip
 def test_values_of_the_wrong_kind(wrong: dict[str, Any]) -> None:
     assert_refused(arguments() | wrong, next(iter(wrong)).replace("clipping", "max_grad_norm"))

@@ -70,3 +70,23 @@ def test_compared_clippers_end_at_the_same_parameters(tmp_path: Path) -> None:
     apart = importlib.import_module("compare_clippers").main(["--quick", "--figure", str(figure)])
     assert apart < 1e-4
     assert figure.stat().st_size > 1000
+
+
+def test_the_epsilon_of_the_demo_is_that_of_the_reference_library(monkeypatch: pytest.MonkeyPatch) -> None:
+    reference = pytest.importorskip("dp_accounting")
+    rdp = pytest.importorskip("dp_accounting.rdp")
+    images = importlib.import_module("images")
+    engines = []
+
+    class Noted(images.PrivacyEngine):
+        def __init__(self, *args: object, **options: object) -> None:
+            super().__init__(*args, **options)
+            engines.append(self)
+
+    monkeypatch.setattr(images, "PrivacyEngine", Noted)
+    _, epsilon = images.main(["--quick", "--seed", "0"])
+    oracle = rdp.RdpAccountant()
+    for noise_multiplier, sample_rate, steps in engines[0].accountant.history:
+        gaussian = reference.GaussianDpEvent(noise_multiplier)
+        oracle.compose(reference.PoissonSampledDpEvent(sample_rate, gaussian), steps)
+    assert epsilon == pytest.approx(oracle.get_epsilon(images.DELTA), rel=1e-3)
