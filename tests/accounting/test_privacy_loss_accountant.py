@@ -241,3 +241,18 @@ def test_method_of_a_plain_answer_is_named_and_prv_is_the_same() -> None:
         held.step(noise_multiplier=2.0, sample_rate=1.0, steps=4)
     assert accountant.get_bounds(1e-5).method == "closed form"
     assert accountant.get_epsilon(1e-5) == other.get_epsilon(1e-5)
+
+
+def test_one_step_with_a_huge_epsilon_and_a_tiny_rate_does_not_overflow_to_private() -> None:
+    """(e^epsilon - 1) / rate passes the largest float before epsilon itself is large: delta must not become 0."""
+    sigma, rate, delta = 0.02991948149456228, 1.835774133814028e-06, 2.718e-12
+    accountant = PLDAccountant()
+    accountant.step(noise_multiplier=sigma, sample_rate=rate)
+    epsilon = accountant.get_epsilon(delta)
+    mpmath = pytest.importorskip("mpmath")
+    with mpmath.workdps(60):
+        shifted = mpmath.log1p(mpmath.expm1(epsilon) / rate)
+        mu = 1 / mpmath.mpf(sigma)
+        unsampled = mpmath.ncdf(mu / 2 - shifted / mu) - mpmath.exp(shifted) * mpmath.ncdf(-mu / 2 - shifted / mu)
+        assert rate * unsampled <= delta
+    assert accountant.get_delta(699.0) > 0

@@ -71,8 +71,13 @@ def sampled_delta(epsilon: float, rate: float, sigma: float, remove: bool) -> fl
     if rate == 1.0:
         return gaussian_delta(epsilon, mu)
     if remove:
-        ratio = math.expm1(min(epsilon, 700.0)) / rate
-        shifted = math.log1p(ratio) if epsilon < 700.0 else epsilon - math.log(rate)
+        # log(1 + (e^epsilon - 1) / rate), in the form that neither cancels nor overflows
+        small = epsilon < 1.0
+        shifted = (
+            math.log1p(math.expm1(epsilon) / rate)
+            if small
+            else epsilon - math.log(rate) + math.log1p(-(1.0 - rate) * math.exp(-epsilon))
+        )
         return rate * gaussian_delta(shifted, mu)
     left = (math.expm1(-epsilon) + rate) / rate  # exp(shifted); none where the loss cannot reach epsilon
     if left <= 0.0:
