@@ -25,10 +25,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from architectures import Architecture, all_architectures  # noqa: E402
 from architectures.single_record import Reference, difference, private_step, reference  # noqa: E402
+from architectures.single_record import difference_with_dropout as dropout_difference  # noqa: E402
 
 from ghostgrad.errors import GhostgradError  # noqa: E402
 
 MODES = ("hooks", "ghost", "bk")
+COLUMNS = (*MODES, "dropout")
 
 
 @dataclass(frozen=True)
@@ -39,36 +41,38 @@ class Outcome:
     reason: str = ""
 
 
-def try_mode(architecture: Architecture, truth: Reference, mode: str) -> Outcome:
-    """One private step."""
+def try_column(architecture: Architecture, truth: Reference, column: str) -> Outcome:
+    """One private step in a mode, or with dropout."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            found = private_step(architecture, truth, mode)
+            if column == "dropout":
+                wrong = dropout_difference(architecture, truth)
+            else:
+                wrong = difference(private_step(architecture, truth, column), truth.gradients)
     except GhostgradError as error:
         return Outcome("refused", f"{type(error).__name__}: {error}")
     except Exception as error:  # anything else is a fault of the library
         return Outcome("crash", f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}")
-    wrong = difference(found, truth.gradients)
     return Outcome("wrong", wrong) if wrong else Outcome("exact")
 
 
-def try_modes(architecture: Architecture) -> dict[str, Outcome]:
-    """One private step in every mode; a model that cannot be built or run on one record is a fault of the zoo."""
+def try_columns(architecture: Architecture) -> dict[str, Outcome]:
+    """One private step in every column; a model that cannot be built or run on one record is a fault of the zoo."""
     try:
         truth = reference(architecture)
     except Exception as error:
-        return dict.fromkeys(MODES, Outcome("crash", f"no reference: {type(error).__name__}: {error}"))
-    return {mode: try_mode(architecture, truth, mode) for mode in MODES}
+        return dict.fromkeys(COLUMNS, Outcome("crash", f"no reference: {type(error).__name__}: {error}"))
+    return {column: try_column(architecture, truth, column) for column in COLUMNS}
 
 
 def run(architectures: list[Architecture]) -> dict[Architecture, dict[str, Outcome]]:
     """Try every mode, printing each row when it is known."""
-    print(f"{'architecture':46}" + "".join(f"{mode:>9}" for mode in MODES) + "     s")
+    print(f"{'architecture':46}" + "".join(f"{mode:>9}" for mode in COLUMNS) + "     s")
     rows = {}
     for architecture in architectures:
         start = time.perf_counter()
-        outcomes = try_modes(architecture)
+        outcomes = try_columns(architecture)
         rows[architecture] = outcomes
         verdicts = "".join(f"{outcome.verdict:>9}" for outcome in outcomes.values())
         print(f"{architecture.name:46}{verdicts} {time.perf_counter() - start:5.1f}", flush=True)
@@ -78,9 +82,9 @@ def run(architectures: list[Architecture]) -> dict[Architecture, dict[str, Outco
 
 
 def totals(rows: dict[Architecture, dict[str, Outcome]]) -> list[str]:
-    """One line a mode."""
+    """One line a column."""
     lines = []
-    for mode in MODES:
+    for mode in COLUMNS:
         count = Counter(outcomes[mode].verdict for outcomes in rows.values())
         share = 100 * count["exact"] / max(1, len(rows))
         others = ", ".join(f"{count[verdict]} {verdict}" for verdict in ("refused", "wrong", "crash"))
@@ -97,7 +101,8 @@ def page(rows: dict[Architecture, dict[str, Outcome]]) -> str:
         "normalisation was replaced by `ModuleValidator.fix`, or put in eval mode. One private",
         "step without noise, with a bound that clips half of the records, is compared with the step that sends records",
         "through the model one by one. *Exact*: float32, within 2e-4 of the update's norm. *Refused*: an error says why, and",
-        "nothing was trained.",
+        "nothing was trained. *Dropout*: the same model with dropout and a bound that no record reaches, against plain",
+        "autograd under the same random masks.",
         "",
         *[f"* {line}" for line in totals(rows)],
         "",

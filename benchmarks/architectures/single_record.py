@@ -78,6 +78,7 @@ def private_step(architecture: Architecture, truth: Reference, mode: str) -> Gra
         module=model, optimizer=torch.optim.SGD(model.parameters(), lr=0.0), data_loader=None, noise_multiplier=0.0,
         max_grad_norm=truth.bound, grad_sample_mode=mode, sample_rate=0.01, expected_batch_size=float(RECORDS),
     )  # fmt: skip
+    torch.manual_seed(2)
     losses(architecture.scores(call(model, truth.batch)), truth.targets).mean().backward()
     optimizer.step()
     found = {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
@@ -98,3 +99,29 @@ def difference(found: Gradients, truth: Gradients) -> str | None:
         return None
     worst = max(off or gaps, key=lambda name: gaps[name])
     return f"off by {total / whole:.1e} of the update's norm; most in {worst}"
+
+
+def difference_with_dropout(architecture: Architecture, truth: Reference) -> str | None:
+    """What is wrong with a private step of the model with dropout, or None.
+
+    With a bound that no record reaches, the step is that of plain autograd on the whole batch under the same masks.
+    """
+    model = _with_dropout(copy.deepcopy(truth.model))
+    plain = copy.deepcopy(model)
+    torch.manual_seed(2)
+    losses(architecture.scores(call(plain, truth.batch)), truth.targets).mean().backward()
+    expected = {
+        n: torch.zeros_like(p) if p.grad is None else p.grad for n, p in plain.named_parameters() if p.requires_grad
+    }
+    loose = Reference(model, truth.batch, truth.targets, 1e9, expected)
+    return difference(private_step(architecture, loose, "bk"), expected)
+
+
+def _with_dropout(model: nn.Module, probability: float = 0.1) -> nn.Module:
+    for module in model.modules():
+        if isinstance(module, nn.modules.dropout._DropoutNd):
+            module.p = probability
+        for name, value in list(vars(module).items()):
+            if "dropout" in name and isinstance(value, float):
+                setattr(module, name, probability)
+    return model

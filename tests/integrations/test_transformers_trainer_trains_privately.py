@@ -290,3 +290,9 @@ def test_record_losses_know_regression_and_several_labels() -> None:
     assert torch.allclose(
         record_losses(torch.tensor([[2.0], [0.0]]), torch.tensor([1.0, 3.0])), torch.tensor([1.0, 9.0])
     )
+
+
+def test_record_losses_of_learned_prompts_leave_the_prompt_out() -> None:
+    scores, labels = torch.randn(2, 7, 5), torch.randint(5, (2, 4))
+    every = torch.nn.functional.cross_entropy(scores[:, 2:-1].reshape(-1, 5), labels.reshape(-1), reduction="none")
+    assert torch.allclose(record_losses(scores, labels, shift=True), every.view(2, 4).mean(1))

@@ -32,11 +32,16 @@ def record_losses(scores: Tensor, labels: Tensor, *, shift: bool = False) -> Ten
         errors = (scores.reshape(labels.shape) - labels).square()
         return errors if errors.dim() == 1 else errors.flatten(1).mean(1)
     if shift:
+        extra = scores.shape[1] - labels.shape[1]  # prompts that were learned and put in front have no labels
+        labels = F.pad(labels, (extra, 0), value=IGNORED)
         scores, labels = scores[:, :-1], labels[:, 1:]
     if labels.numel() == 0:  # an empty batch: no losses, and still connected to the model
         return scores.flatten(1).sum(1)
     every = F.cross_entropy(
         scores.reshape(-1, scores.shape[-1]), labels.reshape(-1), reduction="none", ignore_index=IGNORED
     )
+    if labels.numel() == len(labels):
+        return every
     counted = (labels != IGNORED).reshape(len(labels), -1)
-    return every.view(len(labels), -1).sum(1) / counted.sum(1).clamp(min=1)
+    shares = counted / counted.sum(1, keepdim=True).clamp(min=1)
+    return (every.view(len(labels), -1) * shares).sum(1)
