@@ -22,8 +22,8 @@ def record_losses(scores: Tensor, labels: Tensor, *, shift: bool = False) -> Ten
 
     >>> import torch
     >>> scores, labels = torch.zeros(2, 3, 5), torch.tensor([[1, 2, 3], [1, -100, -100]])
-    >>> record_losses(scores, labels).tolist() == [scores.new_tensor(5.0).log().item()] * 2
-    True
+    >>> [round(loss, 4) for loss in record_losses(scores, labels).tolist()]
+    [1.6094, 1.6094]
     """
     if labels.is_floating_point():
         several = labels.shape == scores.shape and scores.dim() > 1 and scores.shape[-1] > 1
