@@ -295,7 +295,9 @@ def test_optimizers_and_parameters_that_noise_does_not_fit() -> None:
     assert_refused(given | {"optimizer": torch.optim.SparseAdam(given["module"].parameters())}, "SparseAdam")
     lazy = nn.LazyLinear(3)
     with pytest.raises(ConfigurationError, match="no shape yet"):
-        PrivacyEngine().make_private(**given | {"module": lazy, "optimizer": torch.optim.SGD(lazy.parameters(), lr=0.1)})
+        PrivacyEngine().make_private(
+            **given | {"module": lazy, "optimizer": torch.optim.SGD(lazy.parameters(), lr=0.1)}
+        )
 
 
 def test_the_budget_can_be_turned_off() -> None:
