@@ -19,6 +19,7 @@ import pytest
 from ghostgrad.accounting import (
     AccountingWarning,
     BestOf,
+    FixedSizeSampled,
     Gaussian,
     Laplace,
     Opaque,
@@ -221,7 +222,7 @@ def test_replace_one_is_refused_where_it_cannot_be_had() -> None:
         accountant = PLDAccountant(neighbouring="replace-one")
         accountant.record(event)
         for ask in (lambda held=accountant: held.get_epsilon(1e-5), lambda held=accountant: held.get_delta(1.0)):
-            with pytest.raises(ConfigurationError, match="no bound for this ledger"):
+            with pytest.raises(ConfigurationError, match=r"no bound for this ledger|cannot be restated"):
                 ask()
     with pytest.raises(ConfigurationError, match="did you mean 'replace-one'"):
         PLDAccountant(neighbouring="replace_one")  # type: ignore[arg-type]
@@ -256,3 +257,32 @@ def test_one_step_with_a_huge_epsilon_and_a_tiny_rate_does_not_overflow_to_priva
         unsampled = mpmath.ncdf(mu / 2 - shifted / mu) - mpmath.exp(shifted) * mpmath.ncdf(-mu / 2 - shifted / mu)
         assert rate * unsampled <= delta
     assert accountant.get_delta(699.0) > 0
+
+
+@pytest.mark.parametrize(
+    ("epsilon", "count", "delta"), [(1.0, 20, 1e-2), (0.1, 1000, 1e-6), (0.0016659, 249, 0.0067), (0.1, 2, 1e-25)]
+)
+def test_randomised_responses_are_never_below_their_exact_binomial(epsilon: float, count: int, delta: float) -> None:
+    """k-fold randomised response (Kairouz, Oh and Viswanath 2015, theorem 3.3): delta by a binomial sum."""
+    accountant = PLDAccountant()
+    accountant.record(Opaque(epsilon), count)
+    found = accountant.get_epsilon(delta)
+    mpmath = pytest.importorskip("mpmath")
+    with mpmath.workdps(80):
+        p = mpmath.exp(epsilon) / (1 + mpmath.exp(epsilon))
+        exact = mpmath.mpf(0)
+        for times in range(count + 1):
+            loss = (2 * times - count) * mpmath.mpf(epsilon)
+            mass = mpmath.binomial(count, times) * p**times * (1 - p) ** (count - times)
+            exact += max(0, mass * (1 - mpmath.exp(found - loss)))
+        assert exact <= delta
+    assert found <= epsilon * count * (1 + 1e-2)
+
+
+@pytest.mark.parametrize("name", [PLDAccountant, RDPAccountant])
+def test_what_is_stated_for_adding_a_record_is_not_read_as_replace_one(name: type) -> None:
+    accountant = name()
+    accountant.record(FixedSizeSampled(1e-9, Gaussian(1000.0)))
+    accountant.record(BestOf(Gaussian(1.0), shape=1.0, stop=0.5))
+    with pytest.raises(ConfigurationError, match="cannot be restated"):
+        accountant.get_epsilon(1e-5)

@@ -44,11 +44,17 @@ class Composition:
         for pair, count in self.pairs:
             low, high = pair.span(tail)
             edges = _graded(low, high)
-            p, r = (m[1:-1] for m in pair.bins(edges))
+            whole_p, whole_r = pair.bins(edges)
+            p, r = whole_p[1:-1], whole_r[1:-1]
             seen = (p > 0.0) & (r > 0.0)
             middle = np.clip(np.log(p[seen]) - np.log(r[seen]), edges[:-1][seen], edges[1:][seen])
+            # What lies at or below the lowest edge (the lower atom of Laplace noise) counts there: rounded up.
+            p = np.concatenate([whole_p[:1], p[seen]])
+            middle = np.concatenate([edges[:1], middle])
+            seen = p > 0.0
+            p, middle = p[seen], middle[seen]
             with np.errstate(over="ignore"):
-                logs = np.multiply.outer(_GRID, middle) + np.log(p[seen])
+                logs = np.multiply.outer(_GRID, middle) + np.log(p)
             peak = logs.max(axis=1)
             total += count * (peak + np.log(np.exp(logs - peak[:, None]).sum(axis=1)))
         return total

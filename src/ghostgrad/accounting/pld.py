@@ -20,6 +20,9 @@ from ghostgrad.accounting.base import Accountant, AccountingWarning, Bounds
 from ghostgrad.accounting.rdp import RDPAccountant, readable_others
 from ghostgrad.errors import ConfigurationError, choose
 
+_DEEP = 1e-20
+"""Below such a delta a composition is read twice, from epsilon and from delta."""
+
 
 class PLDAccountant(Accountant):
     """Epsilon from the distribution of the privacy loss.
@@ -121,6 +124,9 @@ class PLDAccountant(Accountant):
         if mesh is None:
             return None
         lower, upper, excess = mesh.epsilon(delta, with_lower)
+        if (releases.others or delta < _DEEP) and mesh.delta(upper)[1] > delta * (1.0 + 1e-3):
+            # The two ways to read the composition contradict each other: take neither for a bound.
+            return 0.0, math.inf, mesh.name
         if excess > 0.1 * upper > 0.0:
             _warn_coarse(upper, excess)
         return lower, upper, mesh.name

@@ -48,6 +48,12 @@ def readable_others(ledger: Ledger, replace: bool = False) -> tuple[dict[Event, 
             event = Gaussian(event.sigma / 2.0)
         elif replace and isinstance(event, Laplace):
             event = Laplace(event.scale / 2.0)
+        elif replace and not isinstance(event, (Opaque, FixedSizeSampled)):
+            raise ConfigurationError(
+                f"{type(event).__name__} is stated for adding or removing one record and cannot be restated for replacing one, "
+                f"which the fixed-size samples in the ledger (or neighbouring='replace-one') ask for. Account it by itself, or "
+                f"give it as Opaque with its replace-one epsilon and delta."
+            )
         result[event] = result.get(event, 0) + count
     return result, -math.expm1(log_finite)
 
