@@ -142,3 +142,16 @@ def test_other_histories_are_refused_by_name(plain: Any, said: str) -> None:
         Ledger.from_state_dict(plain)
     with pytest.raises(ConfigurationError, match=said):
         Ledger.from_json(json.dumps(plain))
+
+
+@pytest.mark.parametrize("broken", ["entries gone", "entries empty"])
+def test_a_state_that_lost_its_entries_is_not_read_as_nothing_spent(broken: str) -> None:
+    accountant = RDPAccountant()
+    accountant.step(noise_multiplier=1.0, sample_rate=0.1, steps=10)
+    state = accountant.state_dict()
+    if broken == "entries gone":
+        del state["ledger"]["entries"]
+    else:
+        state["ledger"]["entries"] = []
+    with pytest.raises(ConfigurationError, match="cut off"):
+        RDPAccountant().load_state_dict(state)

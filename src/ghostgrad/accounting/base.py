@@ -125,7 +125,14 @@ class Accountant(ABC):
             raise ConfigurationError(f"the accountant's state holds {found}; 'history' and 'mechanism' are needed.")
         choose("mechanism", str(state_dict["mechanism"]), _REGISTRY)
         plain = state_dict.get("ledger")
-        self.ledger = _from_history(state_dict["history"]) if plain is None else Ledger.from_state_dict(plain)
+        held = Ledger.from_state_dict(plain) if plain is not None else None
+        stated = _from_history(state_dict["history"])
+        if held is not None and stated.steps > held.steps:
+            raise ConfigurationError(
+                f"the history has {stated.steps} steps but the ledger {held.steps}: one of them is cut off. Load the state as it "
+                f"was saved."
+            )
+        self.ledger = stated if held is None else held
 
 
 def fresh(accountant: str | Accountant) -> Accountant:

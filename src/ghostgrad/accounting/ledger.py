@@ -111,8 +111,12 @@ class Ledger:
                 f"ledger version={plain.get('version')!r} is not {VERSION}, the one this release reads; "
                 "read it with the version of ghostgrad that wrote it."
             )
+        if not isinstance(plain.get("entries"), (list, tuple)):
+            raise ConfigurationError(
+                "the ledger has no list of entries, so what was spent is not known; it may be cut off."
+            )
         ledger = cls()
-        for entry in plain.get("entries", ()):
+        for entry in plain["entries"]:
             if not isinstance(entry, (list, tuple)) or len(entry) != 2:
                 raise ConfigurationError(f"ledger entry {entry!r} is not [event, count].")
             ledger.append(event_from_json(entry[0]), entry[1])
