@@ -413,6 +413,22 @@ def test_the_same_memory_in_a_later_step_is_refused() -> None:
         backward(module, *first)
 
 
+def test_the_same_batch_twice_in_a_step_is_refused_without_a_loader_too() -> None:
+    torch.manual_seed(0)
+    model = nn.Linear(4, 3).double()
+    x, y = torch.randn(6, 4, dtype=torch.float64), torch.randint(3, (6,))
+    _, optimizer, _ = PrivacyEngine(seed=0).make_private(
+        module=model, optimizer=torch.optim.SGD(model.parameters(), lr=0.1), data_loader=None, sample_rate=1.0,
+        expected_batch_size=6.0, noise_multiplier=0.0, max_grad_norm=C,
+    )  # fmt: skip
+    for _ in range(3):  # every record in every step: rate 1 by hand
+        backward(model, x, y)
+        with pytest.raises(PrivacyError, match="the same records"):
+            backward(model, x, y)
+        optimizer.step()
+        optimizer.zero_grad()
+
+
 def test_one_half_of_a_batch_twice_is_refused() -> None:
     _, module, _, loader = make(n=24, batch_size=24)
     x, y = next(iter(loader))

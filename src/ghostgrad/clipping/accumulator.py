@@ -107,6 +107,8 @@ class ClippedSum:
                 "the same record. Call backward once for each batch."
             )
         delivery = tapes[0].delivery
+        if tapes[0].n:
+            self._check_memory(tapes[0].rows, self._used)
         if delivery is None:
             return
         if delivery.piece < 1:
@@ -129,7 +131,7 @@ class ClippedSum:
                 "privacy cannot be accounted. Take the next batch from the loader."
             )
         if tapes[0].n:
-            self._check_memory(tapes[0].rows)
+            self._check_memory(tapes[0].rows, self._used_before)
         used = self._rows[delivery.piece] + tapes[0].n
         if used > delivery.records:
             raise PrivacyError(
@@ -154,18 +156,16 @@ class ClippedSum:
                 f"optimizer.step() alone); noise is added and accounted."
             )
 
-    def _check_memory(self, rows: Tensor | None) -> None:
+    @staticmethod
+    def _check_memory(rows: Tensor | None, used: Mapping[int, tuple[Tensor, int]]) -> None:
         """The same memory, unchanged, in another backward is the same records again."""
-        if rows is None:
-            return
-        for used in (self._used, self._used_before):
-            before = used.get(rows.data_ptr())
-            if before is not None and before[1] == rows._version and before[0].shape == rows.shape:
-                raise PrivacyError(
-                    "the same records went through a backward before: in this step, or in the one before with another draw. "
-                    "They would count more than once, or in a step whose sampling is not theirs. Take each batch from the "
-                    "private loader, and each record of it once."
-                )
+        before = used.get(rows.data_ptr()) if rows is not None else None
+        if rows is not None and before is not None and before[1] == rows._version and before[0].shape == rows.shape:
+            raise PrivacyError(
+                "the same records went through a backward before: in this step, or in the one before with another draw. "
+                "They would count more than once, or in a step whose sampling is not theirs. Take each batch from the "
+                "private loader, and each record of it once."
+            )
 
     def add(
         self, sums: Mapping[nn.Parameter, Tensor], tapes: Sequence[Tape], *, statistic: float = 0.0, dropped: int = 0
@@ -176,12 +176,11 @@ class ClippedSum:
         for parameter, part in sums.items():
             known = self._sums.get(parameter)
             self._sums[parameter] = part if known is None else known.add_(part)
-        delivery = tapes[0].delivery
+        delivery, rows = tapes[0].delivery, tapes[0].rows
+        if rows is not None and tapes[0].n:
+            self._used[rows.data_ptr()] = rows, rows._version
         if delivery is not None:
             self._last = delivery
-            rows = tapes[0].rows
-            if rows is not None and tapes[0].n:
-                self._used[rows.data_ptr()] = rows, rows._version
             self._rows[delivery.piece] += tapes[0].n
             self.logical_batches.add(delivery.logical_batch)
             self.epochs.add(delivery.epoch)
