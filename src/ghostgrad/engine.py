@@ -20,7 +20,7 @@ from ghostgrad.keys import RunKey
 from ghostgrad.noise import GeneratorGaussian, KeyedGaussian, NoiseMechanism
 from ghostgrad.optimizer import DPOptimizer
 from ghostgrad.recording import Delivery, Recorder
-from ghostgrad.recording.criterion import check_criterion, proved
+from ghostgrad.recording.criterion import check_criterion, watched
 from ghostgrad.sampling import DPDataLoader
 from ghostgrad.schedulers import Schedule, value_at
 from ghostgrad.spending import Budget, PoissonSpending, ShuffledSpending, Spending
@@ -38,9 +38,12 @@ class _Session:
     optimizer: DPOptimizer
     recorder: Recorder
     mode: Mode
+    unwatch: Callable[[], None] = lambda: None
+    """Takes the hook off the criterion."""
 
     def close(self) -> None:
         self.recorder.detach()
+        self.unwatch()
         self.optimizer.release_original()
         self.optimizer.zero_grad()
         setup.release(self.module, self.optimizer.original_optimizer, self.optimizer)
@@ -137,8 +140,8 @@ class PrivacyEngine:
             noise_multiplier: noise standard deviation divided by the sensitivity, >= 0; or a function of the step.
             max_grad_norm: C, the L2 norm to which each record's gradient is clipped, in units of the gradient of the
                 record's own loss; a list with per-layer clipping; or a function of the step.
-            criterion: optional. It is returned, to be used as before, and checked on its first batch to be the mean (sum)
-                of the records' losses.
+            criterion: optional. It is returned, to be used as before, and shown to be the mean (sum) of the records'
+                losses by evaluating it on them one by one: on its first batch, and later where its graph does not say.
             batch_first: whether dimension 0 of the module's inputs and outputs is the batch; else dimension 1.
             loss_reduction: whether the loss is the mean or the sum of the records' losses. With ``"sum"`` the noisy sum is
                 not divided by the expected batch size.
@@ -190,8 +193,8 @@ class PrivacyEngine:
         private = self._sessions[-1].optimizer
         if criterion is None:
             return module, private, loader
-        self._sessions[-1].recorder.losses.taken_apart = True
-        return module, private, proved(criterion, loss_reduction, batch_first=batch_first), loader
+        criterion, self._sessions[-1].unwatch = watched(criterion, loss_reduction, batch_first=batch_first)
+        return module, private, criterion, loader
 
     def make_private_with_epsilon(
         self,
@@ -302,6 +305,7 @@ class PrivacyEngine:
             batch_first=batch_first,
             generic_only=mode is Mode.FUNCTORCH,
             loss_reduction=loss_reduction,
+            accumulation_steps=1 if loader is None else loader.accumulation_steps,
         )
         private = DPOptimizer(
             optimizer,

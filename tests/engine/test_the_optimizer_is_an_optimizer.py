@@ -150,16 +150,17 @@ def test_detach_gives_everything_back() -> None:
     torch.manual_seed(0)
     module = nn.Sequential(nn.Linear(4, 5), nn.Linear(5, 3))
     original = torch.optim.SGD(module.parameters(), lr=0.1)
+    criterion = nn.CrossEntropyLoss()
     untouched = (vars(module).keys(), torch.autograd.backward)
     engine = PrivacyEngine(seed=0)
     engine.make_private(
         module=module, optimizer=original, data_loader=DataLoader(data(), batch_size=4), noise_multiplier=1.0,
-        max_grad_norm=1.0, grad_sample_mode="hooks",
+        max_grad_norm=1.0, grad_sample_mode="hooks", criterion=criterion,
     )  # fmt: skip
     assert torch.autograd.backward is not untouched[1] or torch.autograd.backward.__wrapped__
     engine.detach()
     assert vars(module).keys() == untouched[0]
-    assert not any(part._forward_hooks or part._forward_pre_hooks for part in module.modules())
+    assert not any(part._forward_hooks or part._forward_pre_hooks for part in [*module.modules(), criterion])
     assert "step" not in vars(original)
     x, y = data().tensors
     F.cross_entropy(module(x), y).backward()

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -30,15 +30,17 @@ class LossKnowledge:
 
     Attributes:
         reduction: the declared one.
-        taken_apart: whether the criterion is checked by itself, on values (`recording.criterion`).
+        accumulation_steps: loader batches that make up one logical batch.
         separable: whether the gradient of a record's outputs was shown not to depend on other records' outputs.
-        weights: what a record weighs in sums over the batch, as first seen.
+        weights: what the terms of the loss are multiplied by, as first seen; None before.
+        shown: what the terms inside the criterion were multiplied by when it was last taken apart on values.
     """
 
     reduction: str
-    taken_apart: bool = False
+    accumulation_steps: int = 1
     separable: bool = False
-    weights: list[float] = field(default_factory=list)
+    weights: list[float] | None = None
+    shown: list[float] | None = None
 
 
 class _Watch:

@@ -82,6 +82,7 @@ class Recorder:
         delivery: tells what the private loader handed out last; None where there is no such loader.
         generic_only: let the generic rule answer for every module (the slow cross-check).
         loss_reduction: ``"mean"`` or ``"sum"`` of the records' losses.
+        accumulation_steps: loader batches that make up one logical batch.
     """
 
     def __init__(
@@ -93,10 +94,11 @@ class Recorder:
         batch_first: bool = True,
         generic_only: bool = False,
         loss_reduction: str = "mean",
+        accumulation_steps: int = 1,
     ) -> None:
         self.root, self.sink, self.delivery = root, sink, delivery
         self.batch_first, self.loss_reduction = batch_first, loss_reduction
-        self.losses = LossKnowledge(loss_reduction)
+        self.losses = LossKnowledge(loss_reduction, accumulation_steps)
         self.observed: dict[str, Observation] = {}
         self.modules = Modules(root, self._fired, batch_first=batch_first, generic_only=generic_only)
         self._rehearsed = False

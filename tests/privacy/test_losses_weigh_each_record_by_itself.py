@@ -1,0 +1,386 @@
+"""A loss must be the mean (or the sum) of the records' own losses; everything else is refused, however it is written."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from leave_one_out import MODES, C, Loss, classifier, made_private, released_sum, sensitivity
+from torch import Tensor, nn
+
+from ghostgrad import ConfigurationError, PrivacyEngine, PrivacyError, UnsupportedModuleError
+
+
+def class_weighted(m: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+    return F.cross_entropy(m(x), y, weight=torch.tensor([1.0, 5.0, 20.0], dtype=torch.float64))
+
+
+def ignoring(m: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+    return F.cross_entropy(m(x), torch.where(y == 2, -100, y))
+
+
+def selected(m: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+    return F.cross_entropy(m(x)[y != 2], y[y != 2])
+
+
+def selected_after(m: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+    return F.cross_entropy(m(x), y, reduction="none")[y != 2].mean()
+
+
+def masked_select(m: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+    return F.cross_entropy(m(x), y, reduction="none").masked_select(y != 2).mean()
+
+
+def scaled_by_count(m: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+    mask = (y != 2).double()
+    return (F.cross_entropy(m(x), y, reduction="none") * mask).sum() * (1 / mask.sum())
+
+
+def scaled_within(m: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+    mask = (y != 2).double()
+    return (F.cross_entropy(m(x), y, reduction="none") * mask / mask.sum()).sum()
+
+
+def scaled_within_a_view(m: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+    mask = (y != 2).double()
+    return (F.cross_entropy(m(x), y, reduction="none") * mask).sum().view(1) / mask.sum()
+
+
+def root_of_the_mean(m: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+    return F.mse_loss(m(x), x[:, :3]).sqrt()
+
+
+def in_batch_negatives(m: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+    out = m(x)
+    return F.cross_entropy(out @ out.T, torch.arange(len(x)))
+
+
+def centred_in_the_loss(m: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+    out = m(x)
+    return (out - out.mean(0)).square().mean()
+
+
+def counted_in_python(m: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+    mask = (y != 2).double()
+    return (F.cross_entropy(m(x), y, reduction="none") * mask).sum() / mask.sum().item()
+
+
+def inverse_of_a_count(m: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+    mask = (y != 2).double()
+    return (1 / int(mask.sum())) * (F.cross_entropy(m(x), y, reduction="none") * mask).sum()
+
+
+def sum_over_a_constant(m: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+    return F.cross_entropy(m(x), y, reduction="sum") / 32
+
+
+def masked_by_hand(m: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+    mask = (y != 2).double()
+    return (F.cross_entropy(m(x), y, reduction="none") * mask).sum() / mask.sum()
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize(
+    "loss",
+    [
+        class_weighted,
+        ignoring,
+        masked_by_hand,
+        counted_in_python,
+        inverse_of_a_count,
+        sum_over_a_constant,
+        selected,
+        selected_after,
+        masked_select,
+        scaled_by_count,
+        scaled_within,
+        scaled_within_a_view,
+        root_of_the_mean,
+        in_batch_negatives,
+        centred_in_the_loss,
+    ],
+    ids=lambda f: f.__name__,
+)
+def test_a_loss_in_which_records_touch_each_other_is_refused(mode: str, loss: Loss) -> None:
+    model, x, y = classifier()
+    with pytest.raises(PrivacyError, match=r"^the loss(, one number by then, is| is| compares| applies)"):
+        released_sum(model, loss, x, y, mode)
+
+
+TORCH_LOSSES = {
+    "cross entropy": lambda out, x, y: F.cross_entropy(out, y),
+    "label smoothing": lambda out, x, y: F.cross_entropy(out, y, label_smoothing=0.1),
+    "soft targets": lambda out, x, y: F.cross_entropy(out, x[:, :3].softmax(1)),
+    "nll": lambda out, x, y: F.nll_loss(out.log_softmax(1), y),
+    "mse": lambda out, x, y: F.mse_loss(out, x[:, :3]),
+    "l1": lambda out, x, y: F.l1_loss(out, x[:, :3]),
+    "smooth l1": lambda out, x, y: F.smooth_l1_loss(out, x[:, :3]),
+    "huber": lambda out, x, y: F.huber_loss(out, x[:, :3]),
+    "kl": lambda out, x, y: F.kl_div(out.log_softmax(1), x[:, :3].softmax(1), reduction="batchmean"),
+    "bce": lambda out, x, y: F.binary_cross_entropy(out.sigmoid(), x[:, :3].sigmoid()),
+    "bce logits": lambda out, x, y: F.binary_cross_entropy_with_logits(
+        out, x[:, :3].sigmoid(), pos_weight=torch.ones(3)
+    ),
+    "gaussian": lambda out, x, y: F.gaussian_nll_loss(out, x[:, :3], torch.ones_like(out)),
+    "poisson": lambda out, x, y: F.poisson_nll_loss(out, x[:, :3].abs()),
+    "margin": lambda out, x, y: F.multi_margin_loss(out, y),
+    "triplet": lambda out, x, y: F.triplet_margin_loss(out, x[:, :3], x[:, 1:4]),
+    "cosine": lambda out, x, y: F.cosine_embedding_loss(out, x[:, :3], 2 * (y % 2) - 1),
+    "two terms": lambda out, x, y: 0.7 * F.cross_entropy(out, y) + F.mse_loss(out, x[:, :3]) / 3,
+    "stacked": lambda out, x, y: torch.stack([F.cross_entropy(out, y), out.square().mean()]).sum(),
+    "a list": lambda out, x, y: sum([F.cross_entropy(out, y), out.square().mean()]),
+    "picked": lambda out, x, y: -out.log_softmax(1)[torch.arange(len(y)), y].mean(),
+    "gathered": lambda out, x, y: -out.log_softmax(1).gather(1, y[:, None]).mean(),
+    "mean of masked means": lambda out, x, y: ((out * (x[:, :3] > 0)).sum(1) / (1 + (x[:, :3] > 0).sum(1))).mean(),
+}
+
+
+@pytest.mark.parametrize("name", TORCH_LOSSES)
+def test_means_over_records_are_bounded_and_not_refused(name: str) -> None:
+    model, x, y = classifier()
+    reached = sensitivity(model, lambda m, x, y: TORCH_LOSSES[name](m(x), x, y), x, y, "bk")
+    assert 0 < reached <= C * (1 + 1e-6)
+
+
+def test_a_record_alone_may_be_divided_by_its_own_count() -> None:
+    model, x, y = classifier()
+
+    def loss(m: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+        counted = (x > 0).double().sum(1)
+        return (F.cross_entropy(m(x), y, reduction="none") / counted.clamp(min=1)).mean()
+
+    for count in (1, 2, 6):
+        moved = released_sum(model, loss, x[:count], y[:count], "bk")
+        assert 0 < moved.norm() <= count * C * (1 + 1e-6)
+
+
+def test_a_sum_divided_by_a_constant_is_refused_when_the_size_of_the_batch_changes() -> None:
+    model, x, y = classifier()
+    model, optimizer, _ = PrivacyEngine(seed=0).make_private(
+        module=model, optimizer=torch.optim.SGD(model.parameters(), lr=0.1), data_loader=None, sample_rate=0.5,
+        expected_batch_size=1.0, noise_multiplier=0.0, max_grad_norm=C,
+    )  # fmt: skip
+    (F.cross_entropy(model(x), y, reduction="sum") / 6).backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    with pytest.raises(PrivacyError, match="not one over the number of its records"):
+        (F.cross_entropy(model(x[:4]), y[:4], reduction="sum") / 6).backward()
+
+
+def masked_mean_in_disguise(each: Tensor, mask: Tensor) -> Tensor:
+    return (each * mask).mean() * (mask.numel() / mask.sum().item())
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_a_factor_that_changes_from_batch_to_batch_is_refused(reduction: str) -> None:
+    model, x, y = classifier()
+    model, optimizer, _ = made_private(model, loss_reduction=reduction)
+    for counted in (3, 5):
+        each = F.cross_entropy(model(x), y, reduction="none") * (torch.arange(6) < counted)
+        loss = (each.mean() if reduction == "mean" else each.sum()) * (10 / counted)
+        if counted == 5:
+            with pytest.raises(PrivacyError, match="others than in an earlier batch"):
+                loss.backward()
+        else:
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+
+def test_weights_that_follow_a_schedule_are_allowed_in_a_criterion() -> None:
+    model, x, y = classifier()
+    weight = 1.0
+
+    def criterion(out: Tensor, x: Tensor, y: Tensor) -> Tensor:
+        return F.cross_entropy(out, y) + weight * F.mse_loss(out, x[:, :3])
+
+    model, optimizer, watched, _ = made_private(model, criterion=criterion)
+    for step in range(3):
+        weight = 1.0 / (1 + step)
+        watched(model(x.clone()), x, y).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def test_a_criterion_that_counts_is_refused_in_the_first_batch_in_which_it_shows() -> None:
+    """Nothing is masked in the first batch: there the masked mean is the mean."""
+    model, x, y = classifier()
+    masks = [torch.ones(6), (torch.arange(6) < 4).double()]
+
+    def criterion(out: Tensor, y: Tensor, mask: Tensor) -> Tensor:
+        return masked_mean_in_disguise(F.cross_entropy(out, y, reduction="none"), mask)
+
+    model, optimizer, watched, _ = made_private(model, criterion=criterion)
+    watched(model(x), y, masks[0]).backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    loss = watched(model(x.clone()), y, masks[1])
+    with pytest.raises(PrivacyError, match=r"others than in an earlier batch|taken apart"):
+        loss.backward()
+
+
+@pytest.mark.parametrize("fill", [0.0, float("nan")])
+def test_a_record_of_which_nothing_counts_does_not_hide_a_criterion_that_counts(fill: float) -> None:
+    """Alone it has no loss: 0 / 0."""
+    model, x, y = classifier()
+    x[5] = torch.where(torch.arange(5) == 0, fill, x[5])
+
+    def criterion(out: Tensor, y: Tensor, mask: Tensor) -> Tensor:
+        return (F.cross_entropy(out, y, reduction="none") * mask).sum().div(mask.sum().item() + 0.0)
+
+    model, _, watched, _ = made_private(model, criterion=criterion)
+    with pytest.raises(PrivacyError, match=r"not one over the number|taken apart"):
+        watched(model(x), y, torch.tensor([1.0, 1.0, 1.0, 1.0, 0.5, 0.0])).backward()
+
+
+def test_a_criterion_is_taken_apart_in_every_batch_when_its_graph_says_nothing() -> None:
+    """A cap on the mean is no cap on the records' losses; as long as nothing is above it, it cannot be seen."""
+    model, x, _ = classifier()
+
+    def criterion(out: Tensor, target: Tensor) -> Tensor:
+        return F.mse_loss(out, target).clamp(max=10.0)
+
+    model, optimizer, watched, _ = made_private(model, criterion=criterion)
+    for far, refused in [(0.0, False), (0.1, False), (torch.tensor([9.0, 0, 0, 0, 0, 0]).view(6, 1), True)]:
+        loss = watched(model(x.clone()), model(x).detach() + far)
+        with pytest.raises(PrivacyError, match="taken apart") if refused else contextlib.nullcontext():
+            loss.backward()
+        optimizer.zero_grad()
+
+
+def test_what_is_added_to_a_criterion_is_read_too() -> None:
+    model, x, y = classifier()
+    model, _, criterion, _ = made_private(model, criterion=nn.CrossEntropyLoss())
+    out = model(x)
+    loss = criterion(out, y) + out.square().sum() / 7
+    with pytest.raises(PrivacyError, match="not one over the number of its records"):
+        loss.backward()
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 4, 6])
+@pytest.mark.parametrize(
+    "loss",
+    [
+        lambda out, y: torch.stack([F.cross_entropy(out, y), out.square().mean()]).sum(),
+        lambda out, y: torch.stack([F.cross_entropy(out, y), out.square().mean(), out.abs().mean()]).mean(),
+        lambda out, y: out.square().mean(0).sum(),
+        lambda out, y: out.square().mean(-2, keepdim=True).sum(),
+        lambda out, y: (out.square().mean(0) * 2).mean(),
+    ],
+    ids=["two stacked", "three stacked", "sum over classes", "negative dimension", "mean over classes"],
+)
+def test_numbers_that_happen_to_be_as_many_as_the_records_are_not_taken_for_them(
+    n: int, loss: Callable[[Tensor, Tensor], Tensor]
+) -> None:
+    model, x, y = classifier()
+    assert sensitivity(model, lambda m, x, y: loss(m(x), y), x[:n], y[:n], "bk") <= C * (1 + 1e-6)
+
+
+def test_dividing_by_the_accumulation_steps_again_is_hinted_at() -> None:
+    model, x, y = classifier()
+    loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(x.repeat(8, 1), y.repeat(8)), batch_size=8)
+    model, _, loader = PrivacyEngine(seed=0).make_private(
+        module=model, optimizer=torch.optim.SGD(model.parameters(), lr=0.1), data_loader=loader, noise_multiplier=1.0,
+        max_grad_norm=C, accumulation_steps=2,
+    )  # fmt: skip
+    batch, labels = next(iter(loader))
+    with pytest.warns(UserWarning, match="Leave the division out"):
+        (F.cross_entropy(model(batch), labels) / 2).backward()
+
+
+@pytest.mark.parametrize("scale", [0.5, 2.0])
+@pytest.mark.parametrize(("declared", "actual"), [("mean", "sum"), ("sum", "mean")])
+def test_another_reduction_inside_a_scaled_loss_is_refused(declared: str, actual: str, scale: float) -> None:
+    model, x, y = classifier()
+
+    def loss(m: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+        first = F.cross_entropy(m(x), y, reduction=actual)
+        return first + scale * F.cross_entropy(m(x), y, reduction=declared)
+
+    with pytest.raises(PrivacyError, match=f"loss_reduction={actual!r}"):
+        released_sum(model, loss, x, y, "bk", loss_reduction=declared)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_class_weights_with_a_sum_are_bounded(mode: str) -> None:
+    model, x, y = classifier()
+    weight = torch.tensor([1.0, 5.0, 20.0], dtype=torch.float64)
+
+    def loss(m: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+        return F.cross_entropy(m(x), y, weight=weight, reduction="sum")
+
+    assert sensitivity(model, loss, x, y, mode, loss_reduction="sum") <= C * (1 + 1e-6)
+
+
+@pytest.mark.parametrize(("declared", "actual"), [("mean", "sum"), ("sum", "mean")])
+def test_another_reduction_than_the_declared_one_is_refused(declared: str, actual: str) -> None:
+    model, x, y = classifier()
+    with pytest.raises(PrivacyError, match=f"loss_reduction={actual!r}"):
+        released_sum(
+            model, lambda m, x, y: F.cross_entropy(m(x), y, reduction=actual), x, y, "bk", loss_reduction=declared
+        )
+
+
+@pytest.mark.parametrize(
+    "mean",
+    [
+        lambda each, n: each.sum() / n,
+        lambda each, n: each.mean(),
+        lambda each, n: each.sum() / float(n) / 4,
+        lambda each, n: (each / torch.full((n,), 2.0)).mean(),
+    ],
+)
+def test_a_mean_by_hand_is_bounded(mean: Callable[[Tensor, int], Tensor]) -> None:
+    model, x, y = classifier()
+
+    def loss(m: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+        return mean(F.cross_entropy(m(x), y, reduction="none"), len(x))
+
+    assert 0.9 * C < sensitivity(model, loss, x, y, "bk") <= C * (1 + 1e-6)
+
+
+def test_a_passed_criterion_that_is_normalised_over_the_batch_is_refused() -> None:
+    model, x, y = classifier()
+
+    def masked_mean(out: Tensor, y: Tensor) -> Tensor:
+        weights = 1.0 + y.double()
+        return (F.cross_entropy(out, y, reduction="none") * weights).sum() / weights.sum().item()
+
+    engine = PrivacyEngine(seed=0)
+    model, _, criterion, _ = engine.make_private(
+        module=model, optimizer=torch.optim.SGD(model.parameters(), lr=0.1), data_loader=None, sample_rate=0.5,
+        expected_batch_size=1.0, noise_multiplier=0.0, max_grad_norm=C, criterion=masked_mean,
+    )  # fmt: skip
+    with pytest.raises(PrivacyError, match="taken apart"):
+        criterion(model(x), y)
+
+
+def test_a_criterion_that_can_be_seen_to_be_wrong_is_refused_at_once() -> None:
+    model, _, _ = classifier()
+    for criterion, complaint in [
+        (nn.CrossEntropyLoss(weight=torch.ones(3)), "class weights"),
+        (nn.MSELoss(reduction="sum"), "reduction='sum'"),
+        ("cross_entropy", "not callable"),
+    ]:
+        with pytest.raises(ConfigurationError, match=complaint):
+            PrivacyEngine().make_private(
+                module=model, optimizer=torch.optim.SGD(model.parameters(), lr=0.1), data_loader=None, sample_rate=0.5,
+                expected_batch_size=1.0, noise_multiplier=1.0, max_grad_norm=C, criterion=criterion,
+            )  # fmt: skip
+
+
+def test_a_loss_computed_inside_the_model_is_refused() -> None:
+    class Inside(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(5, 3).double()
+
+        def forward(self, x: Tensor, y: Tensor) -> Tensor:
+            return F.cross_entropy(self.linear(x), y)
+
+    _, x, y = classifier()
+    with pytest.raises(UnsupportedModuleError, match="compute the loss outside"):
+        released_sum(Inside(), lambda m, x, y: m(x, y), x, y, "ghost")
