@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -296,7 +297,9 @@ class PrivacyEngine:
     ) -> None:  # fmt: skip
         delivery = _delivery_of(loader) if loader is not None else None
         empty = loader.feed.empty_batches if loader is not None else None
-        total = ClippedSum(lambda: trainable(optimizer.param_groups), delivery, empty)
+        total = ClippedSum(
+            lambda: trainable(optimizer.param_groups), delivery, empty, size if loader is None else math.inf
+        )
         spending: Spending = PoissonSpending(rate) if loader is None or loader.poisson_sampling else ShuffledSpending()
         recorder = Recorder(
             module,

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
+import scipy.stats
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -14,6 +15,7 @@ from torch.utils.data import DataLoader, SubsetRandomSampler, TensorDataset
 
 from ghostgrad import BatchMemoryManager, DPOptimizer, PrivacyEngine, PrivacyError
 from ghostgrad.accounting import RDPAccountant
+from ghostgrad.clipping.accumulator import _most_plausible
 
 MODES = ["hooks", "ghost", "bk", "functorch"]
 C = 0.5
@@ -427,6 +429,35 @@ def test_the_same_batch_twice_in_a_step_is_refused_without_a_loader_too() -> Non
             backward(model, x, y)
         optimizer.step()
         optimizer.zero_grad()
+
+
+@pytest.mark.parametrize("pieces", [1, 4])
+def test_more_rows_than_can_have_been_drawn_are_refused_without_a_loader(pieces: int) -> None:
+    """64 records of 3 tokens, handed to the model as rows; as many records by chance would be a wonder."""
+    torch.manual_seed(0)
+    model = nn.Linear(5, 2)
+    model, optimizer, _ = PrivacyEngine(seed=0).make_private(
+        module=model, optimizer=torch.optim.SGD(model.parameters(), lr=0.1), data_loader=None, sample_rate=0.1,
+        expected_batch_size=64, noise_multiplier=0.0, max_grad_norm=1.0,
+    )  # fmt: skip
+    for size in (64, 90, 50):  # what chance does bring
+        model(torch.randn(size, 5)).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    *before, last = torch.randn(64 * 3, 5).chunk(pieces)
+    for part in before:
+        model(part).square().mean().backward()
+    with pytest.raises(PrivacyError, match="far more rows"):
+        model(last).square().mean().backward()
+
+
+def test_the_rows_that_can_have_been_drawn_are_bounded_as_the_binomial_distribution_says() -> None:
+    """Against the exact tail: never more likely than 1e-12, and not looser than twice the distance it has to keep."""
+    for mean in (0.5, 1.0, 8.0, 256.0, 4096.0):
+        bound = _most_plausible(mean)
+        for rate in (1e-6, 0.1, 0.5):
+            assert scipy.stats.binom.sf(bound, round(mean / rate), rate) <= 1e-12
+        assert bound - mean <= 2 * (scipy.stats.poisson.isf(1e-12, mean) + 1 - mean)
 
 
 def test_one_half_of_a_batch_twice_is_refused() -> None:

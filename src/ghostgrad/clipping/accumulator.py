@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
@@ -10,6 +11,9 @@ from torch import Tensor, nn
 
 from ghostgrad.errors import PrivacyError
 from ghostgrad.recording import Delivery, Tape
+
+_BY_HAND = -1
+"""Stands for the pieces of the private loader where there is none."""
 
 
 class ClippedSum:
@@ -22,6 +26,7 @@ class ClippedSum:
         parameters: the trainable parameters of the optimizer, asked anew each time: layers may be frozen in between.
         delivery: what the private loader handed out last; None where there is no such loader.
         empty_batches: the loader's note of draws that were empty and have not been stepped on, with their epoch.
+        drawn_on_average: expected records of a step where the user samples by himself: far more cannot have been drawn.
     """
 
     def __init__(
@@ -29,7 +34,9 @@ class ClippedSum:
         parameters: Callable[[], Sequence[nn.Parameter]],
         delivery: Callable[[], Delivery] | None,
         empty_batches: dict[int, int] | None = None,
+        drawn_on_average: float = math.inf,
     ) -> None:
+        self._most_rows = _most_plausible(drawn_on_average)
         self.parameters, self._delivery = parameters, delivery
         self._empty_batches = {} if empty_batches is None else empty_batches
         self._trained_epochs: set[int] = set()
@@ -110,6 +117,7 @@ class ClippedSum:
         if tapes[0].n:
             self._check_memory(tapes[0].rows, self._used)
         if delivery is None:
+            self._check_plausible(tapes[0].n)
             return
         if delivery.piece < 1:
             raise PrivacyError(
@@ -138,6 +146,16 @@ class ClippedSum:
                 f"{used} rows of this batch went through a backward, but the private loader handed out "
                 f"{delivery.records} records: a record would count more than once in the step. Call backward once for each "
                 f"record (add losses up before backward), and keep one row for each record."
+            )
+
+    def _check_plausible(self, n: int) -> None:
+        """Rows that are tokens, or records drawn again, soon outnumber what Poisson sampling can have drawn."""
+        if self._rows[_BY_HAND] + n > self._most_rows:
+            raise PrivacyError(
+                "far more rows went through the model in this step than expected_batch_size records drawn by Poisson sampling "
+                "can be (less likely than 1e-12). Either the rows of the module's input are not records (tokens, patches, "
+                "copies), and clipping rows does not bound a record, or batches are not drawn as make_private was told. Lead "
+                "the module's input with the records, and give the sample_rate and expected_batch_size of a whole step."
             )
 
     def _check_skipped(self, delivery: Delivery) -> None:
@@ -179,9 +197,9 @@ class ClippedSum:
         delivery, rows = tapes[0].delivery, tapes[0].rows
         if rows is not None and tapes[0].n:
             self._used[rows.data_ptr()] = rows, rows._version
+        self._rows[_BY_HAND if delivery is None else delivery.piece] += tapes[0].n
         if delivery is not None:
             self._last = delivery
-            self._rows[delivery.piece] += tapes[0].n
             self.logical_batches.add(delivery.logical_batch)
             self.epochs.add(delivery.epoch)
 
@@ -192,6 +210,15 @@ class ClippedSum:
             return found
         wide = torch.float64 if parameter.dtype == torch.float64 else torch.float32
         return torch.zeros(parameter.shape, dtype=wide, device=parameter.device)
+
+
+def _most_plausible(mean: float) -> float:
+    """The most records that Poisson sampling draws when ``mean`` are expected, but for a chance of 1e-12.
+
+    Bernstein's inequality: ``P(X >= m + t) <= exp(-t^2 / (2 (m + t / 3)))`` (Boucheron, Lugosi and Massart 2013, section 2.8).
+    """
+    odds = math.log(1e12)
+    return mean + odds / 3 + math.sqrt(odds**2 / 9 + 2 * mean * odds)
 
 
 def trainable(groups: Iterable[Mapping[str, list[nn.Parameter]]]) -> list[nn.Parameter]:
