@@ -431,7 +431,7 @@ def test_the_same_batch_twice_in_a_step_is_refused_without_a_loader_too() -> Non
         optimizer.zero_grad()
 
 
-@pytest.mark.parametrize("pieces", [1, 4])
+@pytest.mark.parametrize("pieces", [1, 2])
 def test_more_rows_than_can_have_been_drawn_are_refused_without_a_loader(pieces: int) -> None:
     """64 records of 3 tokens, handed to the model as rows; as many records by chance would be a wonder."""
     torch.manual_seed(0)
