@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
@@ -14,40 +12,20 @@ from torch.utils.data import DataLoader
 
 from ghostgrad import setup
 from ghostgrad.accounting import Accountant, create_accountant, get_noise_multiplier
-from ghostgrad.clipping import ClipFunction, ClippedSum, Clipper, Mode, trainable
+from ghostgrad.clipping import ClipFunction, Mode, trainable
+from ghostgrad.distributed import Topology, current
 from ghostgrad.errors import ConfigurationError, choose
 from ghostgrad.explanation import Explanation, explain
 from ghostgrad.keys import RunKey
 from ghostgrad.noise import GeneratorGaussian, KeyedGaussian, NoiseMechanism
-from ghostgrad.optimizer import DPOptimizer
-from ghostgrad.recording import Delivery, Recorder
 from ghostgrad.recording.criterion import check_criterion, watched
-from ghostgrad.sampling import DPDataLoader
 from ghostgrad.schedulers import Schedule, value_at
-from ghostgrad.spending import Budget, PoissonSpending, ShuffledSpending, Spending
+from ghostgrad.session import Session, SessionPlan
+from ghostgrad.spending import Budget
 from ghostgrad.validation import ModuleValidator
 
 GradSampleMode = Literal["auto", "hooks", "functorch", "ghost", "bk"]
 LossReduction = Literal["mean", "sum"]
-
-
-@dataclass
-class _Session:
-    """One private model with its optimizer."""
-
-    module: nn.Module
-    optimizer: DPOptimizer
-    recorder: Recorder
-    mode: Mode
-    unwatch: Callable[[], None] = lambda: None
-    """Takes the hook off the criterion."""
-
-    def close(self) -> None:
-        self.recorder.detach()
-        self.unwatch()
-        self.optimizer.release_original()
-        self.optimizer.zero_grad()
-        setup.release(self.module, self.optimizer.original_optimizer, self.optimizer)
 
 
 class PrivacyEngine:
@@ -105,7 +83,9 @@ class PrivacyEngine:
         self._accountant = create_accountant(accountant)
         self.secure_mode = secure_mode
         self._key = RunKey.from_os() if seed is None else RunKey.from_seed(seed)
-        self._sessions: list[_Session] = []
+        self._seed_mark = b"" if seed is None else self._key.derive("mark")
+        self._shared = False
+        self._sessions: list[Session] = []
         self._opened = 0
         self._guarantees: list[str] = []
         self._budget: Budget | None = None
@@ -164,38 +144,48 @@ class PrivacyEngine:
             UnsupportedModuleError: a module has no exact per-sample gradient.
             PrivacyError: a module mixes records. After any error all arguments are as they were.
         """
-        mode = _mode(grad_sample_mode)
-        choose("loss_reduction", loss_reduction, ("mean", "sum"))
-        setup.check_flags(batch_first=batch_first, poisson_sampling=poisson_sampling)
-        setup.check_numbers(sample_rate=sample_rate, expected_batch_size=expected_batch_size)
-        sigma = setup.check_noise_multiplier(noise_multiplier)
-        setup.check_not_distributed()
-        setup.check_module(module)
-        setup.check_optimizer(optimizer, module)
-        if criterion is not None:
-            check_criterion(criterion, loss_reduction)
-        key = RunKey(self._key.derive("session", self._opened), seeded=self._key.seeded)
-        noise = self._noise(key, noise_generator)
-        setup.check_sampling(data_loader, poisson_sampling)
-        loader = setup.private_loader(data_loader, key, poisson_sampling, sample_rate, accumulation_steps)
-        rate, size = setup.public_sizes(loader, sample_rate, expected_batch_size, accumulation_steps)
-        count = len(trainable(optimizer.param_groups))
-        schedule, bound = None, max_grad_norm
-        if callable(bound):
-            schedule, bound = bound, value_at(bound, 0, "max_grad_norm")
-        function = setup.clip_function(
-            clipping, bound, parameters=count, expected_batch_size=size, noise_multiplier=sigma
-        )
+        topology = self._ranks()
+        with topology.together():
+            mode = _mode(grad_sample_mode)
+            choose("loss_reduction", loss_reduction, ("mean", "sum"))
+            setup.check_flags(batch_first=batch_first, poisson_sampling=poisson_sampling)
+            setup.check_numbers(sample_rate=sample_rate, expected_batch_size=expected_batch_size)
+            sigma = setup.check_noise_multiplier(noise_multiplier)
+            setup.check_ranks(data_loader, topology)
+            setup.check_module(module)
+            setup.check_optimizer(optimizer, module)
+            if criterion is not None:
+                check_criterion(criterion, loss_reduction)
+            key = RunKey(self._key.derive("session", self._opened), seeded=self._key.seeded)
+            noise = self._noise(key, noise_generator)
+            setup.check_sampling(data_loader, poisson_sampling)
+            loader = setup.private_loader(
+                data_loader, key, poisson_sampling, sample_rate, accumulation_steps, distributed=topology.size > 1
+            )
+            rate, size = setup.public_sizes(loader, sample_rate, expected_batch_size, accumulation_steps)
+            schedule, bound = None, max_grad_norm
+            if callable(bound):
+                schedule, bound = bound, value_at(bound, 0, "max_grad_norm")
+            count = len(trainable(optimizer.param_groups))
+            function = setup.clip_function(
+                clipping, bound, parameters=count, expected_batch_size=size, noise_multiplier=sigma
+            )
+            plan = SessionPlan(
+                module, optimizer, loader, function, mode, noise, noise_multiplier, rate, size, batch_first,
+                loss_reduction, schedule, topology,
+            )  # fmt: skip
+        topology.agree({"the seed of the engine": self._seed_mark, **plan.facts()})
         # Everything was checked; from here on things change.
-        self._open_session(
-            module, optimizer, loader, function=function, mode=mode, noise=noise, noise_multiplier=noise_multiplier,
-            rate=rate, size=size, batch_first=batch_first, loss_reduction=loss_reduction, bound_schedule=schedule,
-        )  # fmt: skip
-        private = self._sessions[-1].optimizer
+        session = Session(plan, self.accountant, self._budget)
+        self._sessions.append(session)
+        self._opened += 1
+        if plan.spending.guarantee not in self._guarantees:
+            self._guarantees.append(plan.spending.guarantee)
         if criterion is None:
-            return module, private, loader
-        criterion, self._sessions[-1].unwatch = watched(criterion, loss_reduction, batch_first=batch_first)
-        return module, private, criterion, loader
+            return module, session.optimizer, loader
+        criterion, unwatch = watched(criterion, loss_reduction, batch_first=batch_first)
+        session.at_close.append(unwatch)
+        return module, session.optimizer, criterion, loader
 
     def make_private_with_epsilon(
         self,
@@ -247,29 +237,30 @@ class PrivacyEngine:
         >>> 0.5 < optimizer.noise_multiplier < 2.0
         True
         """
-        if len(self.accountant):
-            raise ConfigurationError(
-                f"this engine has already spent {len(self.accountant)} releases; a target for a new training needs a new "
-                f"PrivacyEngine."
+        with self._ranks().together():
+            if len(self.accountant):
+                raise ConfigurationError(
+                    f"this engine has already spent {len(self.accountant)} releases; a target for a new training needs a new "
+                    f"PrivacyEngine."
+                )
+            setup.check_numbers(
+                target_epsilon=target_epsilon, target_delta=target_delta, epochs=epochs, total_steps=total_steps,
+                sample_rate=sample_rate, expected_batch_size=expected_batch_size,
+            )  # fmt: skip
+            budget = Budget(self.accountant, target_epsilon, target_delta)
+            # A rehearsal with a throw-away key: only the public rate and length of the loader matter.
+            rehearsal = setup.private_loader(
+                data_loader, RunKey.from_seed(0), poisson_sampling, sample_rate, accumulation_steps
             )
-        setup.check_numbers(
-            target_epsilon=target_epsilon, target_delta=target_delta, epochs=epochs, total_steps=total_steps,
-            sample_rate=sample_rate, expected_batch_size=expected_batch_size,
-        )  # fmt: skip
-        budget = Budget(self.accountant, target_epsilon, target_delta)
-        # A rehearsal with a throw-away key: only the public rate and length of the loader matter.
-        rehearsal = setup.private_loader(
-            data_loader, RunKey.from_seed(0), poisson_sampling, sample_rate, accumulation_steps
-        )
-        rate, _ = setup.public_sizes(rehearsal, sample_rate, expected_batch_size, accumulation_steps)
-        rate, releases = setup.planned_releases(rehearsal, rate, epochs=epochs, total_steps=total_steps)
-        noise_multiplier = get_noise_multiplier(
-            target_epsilon=target_epsilon,
-            target_delta=target_delta,
-            sample_rate=rate,
-            steps=releases,
-            accountant=self.accountant.mechanism,
-        )
+            rate, _ = setup.public_sizes(rehearsal, sample_rate, expected_batch_size, accumulation_steps)
+            rate, releases = setup.planned_releases(rehearsal, rate, epochs=epochs, total_steps=total_steps)
+            noise_multiplier = get_noise_multiplier(
+                target_epsilon=target_epsilon,
+                target_delta=target_delta,
+                sample_rate=rate,
+                steps=releases,
+                accountant=self.accountant.mechanism,
+            )
         result = self.make_private(
             module=module, optimizer=optimizer, data_loader=data_loader, noise_multiplier=noise_multiplier,
             max_grad_norm=max_grad_norm, criterion=criterion, batch_first=batch_first, loss_reduction=loss_reduction,
@@ -281,6 +272,13 @@ class PrivacyEngine:
             self._budget = self._sessions[-1].optimizer.budget = budget
         return result
 
+    def _ranks(self) -> Topology:
+        """The ranks that train together now; from the first call on they have one key."""
+        topology = current()
+        if not self._shared:
+            self._key, self._shared = topology.share_key(self._key), topology.size > 1
+        return topology
+
     def _noise(self, key: RunKey, generator: torch.Generator | None) -> NoiseMechanism:
         if generator is None:
             return KeyedGaussian(key, secure=self.secure_mode)
@@ -289,46 +287,6 @@ class PrivacyEngine:
                 "noise_generator with secure_mode=True: a torch generator is not cryptographic. Leave one of them out."
             )
         return GeneratorGaussian(generator)
-
-    def _open_session(
-        self, module: nn.Module, optimizer: Optimizer, loader: DPDataLoader[Any] | None, *, function: ClipFunction,
-        mode: Mode, noise: NoiseMechanism, noise_multiplier: Schedule, rate: float, size: float, batch_first: bool,
-        loss_reduction: str, bound_schedule: Callable[[int], float] | None,
-    ) -> None:  # fmt: skip
-        delivery = _delivery_of(loader) if loader is not None else None
-        empty = loader.feed.empty_batches if loader is not None else None
-        total = ClippedSum(
-            lambda: trainable(optimizer.param_groups), delivery, empty, size if loader is None else math.inf
-        )
-        spending: Spending = PoissonSpending(rate) if loader is None or loader.poisson_sampling else ShuffledSpending()
-        recorder = Recorder(
-            module,
-            Clipper(function, total, mode),
-            delivery,
-            batch_first=batch_first,
-            generic_only=mode is Mode.FUNCTORCH,
-            loss_reduction=loss_reduction,
-            accumulation_steps=1 if loader is None else loader.accumulation_steps,
-        )
-        private = DPOptimizer(
-            optimizer,
-            function=function,
-            total=total,
-            noise=noise,
-            noise_multiplier=noise_multiplier,
-            expected_batch_size=size,
-            loss_reduction=loss_reduction,
-            accountant=self.accountant,
-            spending=spending,
-            bound_schedule=bound_schedule,
-            budget=self._budget,
-        )
-        recorder.attach()
-        setup.claim(module, optimizer, private)
-        self._sessions.append(_Session(module, private, recorder, mode))
-        self._opened += 1
-        if spending.guarantee not in self._guarantees:
-            self._guarantees.append(spending.guarantee)
 
     # ------------------------------------------------------------------ reading
 
@@ -436,8 +394,3 @@ class PrivacyEngine:
 def _mode(grad_sample_mode: str) -> Mode:
     choose("grad_sample_mode", grad_sample_mode, ("auto", *(mode.value for mode in Mode)))
     return Mode.BK if grad_sample_mode == "auto" else Mode(grad_sample_mode)
-
-
-def _delivery_of(loader: DPDataLoader[Any]) -> Callable[[], Delivery]:
-    feed = loader.feed
-    return lambda: Delivery(feed.delivered, feed.records, feed.logical_batch, feed.last, feed.epoch)

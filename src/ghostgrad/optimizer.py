@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 
 from ghostgrad.accounting import Accountant
 from ghostgrad.clipping import ClipFunction, ClippedSum, trainable
+from ghostgrad.distributed import Alone, Topology
 from ghostgrad.errors import ConfigurationError, PrivacyError
 from ghostgrad.noise import NoiseMechanism
 from ghostgrad.schedulers import Schedule, value_at
@@ -55,6 +56,7 @@ class DPOptimizer(Optimizer):
         spending: Spending,
         budget: Budget | None = None,
         bound_schedule: Callable[[int], float] | None = None,
+        topology: Topology | None = None,
     ) -> None:
         self.original_optimizer = optimizer
         # Optimizer.__init__ would take the parameters over; __setstate__ only gives this object its hooks.
@@ -63,6 +65,7 @@ class DPOptimizer(Optimizer):
         self.noise_multiplier, self.expected_batch_size = noise_multiplier, expected_batch_size
         self.loss_reduction, self.accountant, self.spending, self.budget = loss_reduction, accountant, spending, budget
         self.bound_schedule = bound_schedule
+        self.topology = topology or Alone()
         self.steps = 0
         """Logical steps made."""
         self._noise_step = 0  # moves before the noise is drawn: an interrupted step must not repeat its noise
@@ -184,7 +187,8 @@ class DPOptimizer(Optimizer):
     def _release(self) -> None:
         self._refuse_unrecorded()
         noise_multiplier = value_at(self.noise_multiplier, self.steps, "noise_multiplier")
-        draws, epochs = len(self.total.logical_batches), set(self.total.epochs)
+        draws, statistic = self._over_ranks()
+        epochs = set(self.total.epochs)
         releases = self.spending.releases(noise_multiplier, draws, epochs)
         if self.budget is not None:
             self.budget.check(releases)
@@ -195,29 +199,37 @@ class DPOptimizer(Optimizer):
         self._noise_step += 1
         size = self.expected_batch_size * max(1, draws)
         self._write_gradients(noise_multiplier, size)
-        self._update_clip_function(noise_multiplier, size)
+        self._update_clip_function(noise_multiplier, size, statistic)
         self.total.close()
         self.steps += 1
         if self.bound_schedule is not None:
             self.clip_function.rebound(value_at(self.bound_schedule, self.steps, "max_grad_norm"))
         self._inner_step()
 
+    def _over_ranks(self) -> tuple[int, float]:
+        """The draws in this step (a rank may have left an empty share out) and the clip function's statistic."""
+        found = self.topology.collect([len(self.total.logical_batches), self.total.statistic])
+        return int(max(draws for draws, _ in found)), math.fsum(statistic for _, statistic in found)
+
     def _write_gradients(self, noise_multiplier: float, size: float) -> None:
         std = self.clip_function.effective_noise_multiplier(noise_multiplier) * self.clip_function.sensitivity
         divisor = size if self.loss_reduction == "mean" else 1.0
-        for index, p in enumerate(p for group in self.param_groups for p in group["params"]):
+        numbered = [(i, p) for i, p in enumerate(p for group in self.param_groups for p in group["params"])]
+        sums = {index: self.total.take(p) for index, p in numbered if p.requires_grad}
+        self.topology.add_up(list(sums.values()))
+        for index, p in numbered:
             if not p.requires_grad:
                 continue
-            total = self.total.take(p)
+            total = sums.pop(index)
             self.noise.add_(total, std=std, step=self._noise_step, index=index)
             p.grad = _towards_zero(total.div_(divisor), p.dtype)
             self._written[p] = p.grad
 
-    def _update_clip_function(self, noise_multiplier: float, size: float) -> None:
+    def _update_clip_function(self, noise_multiplier: float, size: float, statistic: float) -> None:
         noise = torch.zeros(1, dtype=torch.float64)
         self.noise.add_(noise, std=1.0, step=self._noise_step, index=_OWN_RELEASE)
         self.clip_function.update(
-            statistic=self.total.statistic,
+            statistic=statistic,
             expected_batch_size=size,
             noise_multiplier=noise_multiplier,
             noise=float(noise),

@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 
 from ghostgrad.clipping import AdaptiveClipping, AutomaticClipping, ClipFunction, FlatClipping, PerLayerClipping
+from ghostgrad.distributed import Topology
 from ghostgrad.errors import ConfigurationError, PrivacyError, UnsupportedModuleError, choose
 from ghostgrad.keys import RunKey
 from ghostgrad.layers import find_rule
@@ -73,15 +74,13 @@ def check_numbers(**numbers: object) -> None:
             raise ConfigurationError(f"{name}={value!r} must be a number.")
 
 
-def check_not_distributed() -> None:
-    """Refuse a process group of several ranks: each would add its own full noise and report its own steps."""
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        size = torch.distributed.get_world_size()
-        if size > 1:
-            raise ConfigurationError(
-                f"a process group of {size} ranks is initialised; this version trains on one process. Call make_private "
-                f"without a process group."
-            )
+def check_ranks(data_loader: DataLoader[Any] | None, topology: Topology) -> None:
+    """Refuse to train on several ranks without a loader: nothing then says which records each of them holds."""
+    if topology.size > 1 and data_loader is None:
+        raise ConfigurationError(
+            f"data_loader=None on {topology.size} ranks: which records each of them takes is not known, so one could count in "
+            f"several shares of a step. Give the data_loader; its draws are split between the ranks."
+        )
 
 
 def check_module(module: nn.Module) -> None:
@@ -92,10 +91,10 @@ def check_module(module: nn.Module) -> None:
     """
     if not isinstance(module, nn.Module):
         raise ConfigurationError(f"module is a {type(module).__name__}; it must be a torch.nn.Module.")
-    if isinstance(module, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+    if isinstance(module, nn.DataParallel):
         raise ConfigurationError(
-            f"module is wrapped in {type(module).__name__}, which splits the batch where the recorder cannot follow; give "
-            f"the module inside it (module.module)."
+            "module is wrapped in DataParallel, which splits the batch where the recorder cannot follow; give the module "
+            "inside it (module.module), or use DistributedDataParallel."
         )
     for path, part in module.named_modules():
         if part in _private:
@@ -174,6 +173,8 @@ def private_loader(
     poisson_sampling: bool,
     sample_rate: float | None,
     accumulation_steps: int,
+    *,
+    distributed: bool = False,
 ) -> DPDataLoader[Any] | None:
     """The private form of the user's loader; None where the user samples by himself."""
     if data_loader is None:
@@ -184,6 +185,7 @@ def private_loader(
         )
     return DPDataLoader.from_data_loader(
         data_loader,
+        distributed=distributed,
         key=key,
         poisson_sampling=poisson_sampling,
         sample_rate=sample_rate,

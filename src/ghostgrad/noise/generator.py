@@ -34,6 +34,11 @@ class GeneratorGaussian:
         self._generator = generator
         self.name = f"Gaussian (torch generator on {generator.device})"
 
+    @property
+    def state(self) -> bytes:
+        """The generator's state: ranks that draw the same noise have the same."""
+        return bytes(self._generator.get_state().tolist())
+
     def add_(self, tensor: torch.Tensor, *, std: float, step: int, index: int, offset: int = 0) -> None:
         """Add noise to ``tensor`` (float32 or float64) in place; ``step`` and ``index`` do not change what is drawn.
 

@@ -47,6 +47,23 @@ class OwnBatches:
         return self._first_record
 
 
+class Share:
+    """One rank's share of another source's batches: every ``size``-th record of each, so shares may be empty.
+
+    All ranks draw the same batches from one key; together their shares are one draw, and every rank has as many batches.
+    """
+
+    def __init__(self, source: BatchSource, rank: int, size: int) -> None:
+        self.source, self.rank, self.size = source, rank, size
+
+    def begin(self) -> tuple[int, Iterator[list[int]]]:
+        epoch, batches = self.source.begin()
+        return epoch, (batch[self.rank :: self.size] for batch in batches)
+
+    def first_record(self) -> int:
+        return self.source.first_record()
+
+
 def deliveries(batches: Iterator[list[int]], group: int, limit: int | None) -> Iterator[Delivery]:
     """Join every ``group`` index lists to one logical batch and cut each list to pieces of at most ``limit`` records.
 

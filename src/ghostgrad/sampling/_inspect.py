@@ -40,8 +40,11 @@ class Servable:
         return 0 if isinstance(self.records, int) else int(self.records[0])
 
 
-def inspect_loader(loader: DataLoader[Any]) -> Servable:
-    """The records and batches of ``loader``; raises ``ConfigurationError`` for what cannot be sampled privately."""
+def inspect_loader(loader: DataLoader[Any], ranks: int = 1) -> Servable:
+    """The records and batches of ``loader``; raises ``ConfigurationError`` for what cannot be sampled privately.
+
+    With a ``DistributedSampler`` over as many ``ranks`` the batch size counts for each of them, as torch's users know it.
+    """
     if not isinstance(loader, DataLoader):
         raise ConfigurationError(
             f"data_loader is a {type(loader).__name__}, not a torch DataLoader; its batches cannot be redrawn. Give a "
@@ -68,9 +71,11 @@ def inspect_loader(loader: DataLoader[Any]) -> Servable:
             f"batch_sampler={type(batch_sampler).__name__} chooses batches by rules of its own, and neither the "
             "sensitivity nor the sampling rate is known; give batch_size= with shuffle=True, or a plain BatchSampler."
         )
-    records = _records_of(batch_sampler.sampler)
+    shared = isinstance(batch_sampler.sampler, DistributedSampler) and batch_sampler.sampler.num_replicas == ranks > 1
+    records = len(loader.dataset) if shared else _records_of(batch_sampler.sampler)  # type: ignore[arg-type]
     check_indices(records, len(loader.dataset))  # type: ignore[arg-type]
-    servable = Servable(records, int(batch_sampler.batch_size), bool(batch_sampler.drop_last), batch_sampler)
+    size = int(batch_sampler.batch_size) * (ranks if shared else 1)
+    servable = Servable(records, size, bool(batch_sampler.drop_last), batch_sampler)
     if servable.batch_size > servable.num_records:
         raise ConfigurationError(
             f"batch_size={servable.batch_size} is larger than the {servable.num_records} records that the loader draws "
@@ -107,7 +112,11 @@ def _records_of(sampler: Any) -> int | Sequence[int]:
             WeightedRandomSampler,
             "gives records different probabilities, so the amplification of sampling is not that of one rate",
         ),
-        (DistributedSampler, "gives each process a share of the data; leave it out, the private loader draws for all"),
+        (
+            DistributedSampler,
+            f"gives each of {getattr(sampler, 'num_replicas', 'several')} processes a share of the data, and there are not as "
+            f"many ranks here; leave it out, the private loader draws for all",
+        ),
     ]
     for refused, reason in reasons:
         if isinstance(sampler, refused):

@@ -134,7 +134,9 @@ class DPDataLoader(DataLoader[T_co]):
             generator: draws the run key, unless ``key`` is given. Without either, the key comes from the operating
                 system; ``loader.generator`` is kept for the workers (and the user's own batches) only, as it is
                 often seeded with a constant.
-            distributed: must be ``False``.
+            distributed: hand out this rank's share of each draw, by the default process group of ``torch.distributed``.
+                ``key`` must be the same on all ranks. The batch size counts for all ranks together, or, with a
+                ``DistributedSampler``, for each.
             key: source of all draws.
             poisson_sampling: ``False`` keeps the user's own batches and order.
             sample_rate: probability of each record for one logical batch; default from the batch size. Then a pass has
@@ -151,17 +153,15 @@ class DPDataLoader(DataLoader[T_co]):
         """
         if isinstance(loader, DPDataLoader):
             raise ConfigurationError("data_loader is already private (a DPDataLoader); give the original DataLoader.")
-        if distributed:
-            raise ConfigurationError(
-                "distributed=True: this loader draws for one process; leave it at False. Ranks that use one key draw "
-                "the same logical batches, of which each has to take its share."
-            )
         check_count("accumulation_steps", accumulation_steps)
-        servable = inspect_loader(loader)
+        rank, ranks = _place(poisson_sampling=poisson_sampling, has_key=key is not None) if distributed else (0, 1)
+        servable = inspect_loader(loader, ranks)
         if poisson_sampling:
             plan = plan_like(loader, servable, key or key_from(generator), sample_rate, accumulation_steps)
         else:
             plan = own_plan(loader, servable, sample_rate, accumulation_steps)
+        if ranks > 1:
+            plan = plan.share(rank, ranks)
         private: DPDataLoader[T_co] = cls.__new__(cls)
         private._open(loader.dataset, plan, Fetching.of(loader), Feed(), None)
         return private
@@ -259,3 +259,22 @@ class DPDataLoader(DataLoader[T_co]):
                 "a second pass over this loader began before this one ended, and with persistent_workers=True both "
                 "would share their workers; finish or leave the first pass, or set persistent_workers=False."
             )
+
+
+def _place(*, poisson_sampling: bool, has_key: bool) -> tuple[int, int]:
+    """This process's rank and how many there are; raises where their shares would not be of one draw."""
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        raise ConfigurationError(
+            "distributed=True without an initialised process group, so there is no rank to take a share for. Call "
+            "torch.distributed.init_process_group first, or leave distributed at False."
+        )
+    if not poisson_sampling:
+        raise ConfigurationError(
+            "poisson_sampling=False on several ranks: whether their batches hold the same records is not known, so nothing can "
+            "be accounted. Use Poisson sampling, which draws once for all ranks."
+        )
+    if not has_key:
+        raise ConfigurationError(
+            "distributed=True without a key: ranks with keys of their own draw records of their own. Give all the same key."
+        )
+    return torch.distributed.get_rank(), torch.distributed.get_world_size()

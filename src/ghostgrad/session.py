@@ -1,0 +1,133 @@
+"""One private training: what was decided for it, and how it is opened and closed."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+from torch.optim import Optimizer
+
+from ghostgrad import setup
+from ghostgrad.accounting import Accountant
+from ghostgrad.clipping import ClipFunction, ClippedSum, Clipper, Mode, trainable
+from ghostgrad.distributed import Topology, facts_of, inner_module, unsynchronised
+from ghostgrad.noise import GeneratorGaussian, NoiseMechanism
+from ghostgrad.optimizer import DPOptimizer
+from ghostgrad.recording import Delivery, Recorder
+from ghostgrad.sampling import DPDataLoader
+from ghostgrad.schedulers import Schedule, value_at
+from ghostgrad.spending import Budget, PoissonSpending, ShuffledSpending, Spending
+
+
+@dataclass(frozen=True)
+class SessionPlan:
+    """What `make_private` decided, all of it checked; nothing was changed yet."""
+
+    module: nn.Module
+    optimizer: Optimizer
+    loader: DPDataLoader[Any] | None
+    function: ClipFunction
+    mode: Mode
+    noise: NoiseMechanism
+    noise_multiplier: Schedule
+    sample_rate: float
+    expected_batch_size: float
+    batch_first: bool
+    loss_reduction: str
+    bound_schedule: Callable[[int], float] | None
+    topology: Topology
+
+    @property
+    def spending(self) -> Spending:
+        """How its steps are accounted."""
+        poisson = self.loader is None or self.loader.poisson_sampling
+        return PoissonSpending(self.sample_rate) if poisson else ShuffledSpending()
+
+    @property
+    def delivery(self) -> Callable[[], Delivery] | None:
+        """What the private loader handed out last."""
+        if self.loader is None:
+            return None
+        feed = self.loader.feed
+        return lambda: Delivery(feed.delivered, feed.records, feed.logical_batch, feed.last, feed.epoch)
+
+    def facts(self) -> dict[str, object]:
+        """What must be the same on all ranks: data, arguments, optimizer and model."""
+        loader, noise = self.loader, self.noise
+        names = {p: name for name, p in self.module.named_parameters()}
+        groups = [{**group, "params": [names[p] for p in group["params"]]} for group in self.optimizer.param_groups]
+        return {
+            "the number of records or of batches": None if loader is None else (loader.num_records, len(loader)),
+            "sample_rate": self.sample_rate,
+            "expected_batch_size": self.expected_batch_size,
+            "accumulation_steps": None if loader is None else loader.accumulation_steps,
+            "noise_multiplier": value_at(self.noise_multiplier, 0, "noise_multiplier"),
+            "the source of the noise": noise.name,
+            "noise_generator": noise.state if isinstance(noise, GeneratorGaussian) else None,
+            "clipping": self.function.name,
+            "max_grad_norm": self.function.bound,
+            "loss_reduction": self.loss_reduction,
+            "batch_first": self.batch_first,
+            "the type of the optimizer": type(self.optimizer).__name__,
+            "an option or a parameter of the optimizer": repr(groups),
+            **facts_of(inner_module(self.module)),
+        }
+
+
+class Session:
+    """One private model with its optimizer, from `make_private` to `detach`.
+
+    Args:
+        plan: what was decided.
+        accountant: where steps are noted.
+        budget: kept by the optimizer, if there is one.
+    """
+
+    def __init__(self, plan: SessionPlan, accountant: Accountant, budget: Budget | None) -> None:
+        self.module, self.mode, self.loader = plan.module, plan.mode, plan.loader
+        loader, optimizer, delivery = plan.loader, plan.optimizer, plan.delivery
+        total = ClippedSum(
+            lambda: trainable(optimizer.param_groups),
+            delivery,
+            None if loader is None else loader.feed.empty_batches,
+            plan.expected_batch_size if loader is None else math.inf,
+        )
+        self.recorder = Recorder(
+            inner_module(plan.module),
+            Clipper(plan.function, total, plan.mode),
+            delivery,
+            batch_first=plan.batch_first,
+            generic_only=plan.mode is Mode.FUNCTORCH,
+            loss_reduction=plan.loss_reduction,
+            accumulation_steps=1 if loader is None else loader.accumulation_steps,
+        )
+        self.optimizer = DPOptimizer(
+            optimizer,
+            function=plan.function,
+            total=total,
+            noise=plan.noise,
+            noise_multiplier=plan.noise_multiplier,
+            expected_batch_size=plan.expected_batch_size,
+            loss_reduction=plan.loss_reduction,
+            accountant=accountant,
+            spending=plan.spending,
+            budget=budget,
+            bound_schedule=plan.bound_schedule,
+            topology=plan.topology,
+        )
+        self.recorder.attach()
+        setup.claim(plan.module, optimizer, self.optimizer)
+        self.at_close: list[Callable[[], None]] = [unsynchronised(plan.module)]
+        """What else has to be turned back."""
+
+    def close(self) -> None:
+        """Give everything back as it was."""
+        self.recorder.detach()
+        for turn_back in self.at_close:
+            turn_back()
+        self.optimizer.release_original()
+        self.optimizer.zero_grad()
+        setup.release(self.module, self.optimizer.original_optimizer, self.optimizer)
