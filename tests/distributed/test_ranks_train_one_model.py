@@ -47,7 +47,7 @@ def train(
     wrapped: bool = False,
     physical: int | None = None,
     batch_size: int = 8,
-    epochs: int = 2,
+    epochs: int = 1,
     **options: Any,
 ) -> tuple[dict[str, torch.Tensor], int, float]:
     """Parameters, steps and epsilon after a short training with noise."""
