@@ -6,7 +6,7 @@ import pytest
 import torch
 from all_cases import ALL, BY_NAME
 from layer_case import RECORDS
-from private_step import MODES, step_by_hand, step_from_loader, truth
+from private_step import MODES, sampled_steps, step_by_hand, step_from_loader, truth
 from single_record import assert_same_gradients, expected_gradient, norm
 
 from ghostgrad import UnsupportedModuleError
@@ -61,6 +61,22 @@ def test_empty_parts_of_a_batch_add_nothing(case, mode):
     each, bound = truth(case)
     found = step_by_hand(case, mode, max_grad_norm=bound, parts=(0, 3, 0, 4, 0))
     assert_same_gradients(found, expected_gradient(each, bound, expected_batch_size=RECORDS), relative=1e-9)
+
+
+@pytest.mark.parametrize(("case", "mode"), EVERY_MODE[1::4], ids=str)
+def test_sampled_batches_with_empty_parts(case, mode):
+    """Poisson draws at a rate below 1, dealt to three parts, one record at a time: some parts, some draws are empty."""
+    each, bound = truth(case)
+    steps = sampled_steps(case, mode, max_grad_norm=bound, sample_rate=0.3)
+    sizes = [len(drawn) for drawn, _ in steps]
+    assert min(sizes) == 0, sizes
+    assert max(sizes) > 1, sizes
+    for drawn, found in steps:
+        if drawn:
+            expected = expected_gradient([each[i] for i in drawn], bound, expected_batch_size=0.3 * RECORDS)
+            assert_same_gradients(found, expected, relative=1e-9)
+        else:
+            assert norm(found) == 0
 
 
 @pytest.mark.parametrize("case", [case for case in ALL if not case.generic], ids=str)

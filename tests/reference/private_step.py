@@ -95,6 +95,36 @@ def step_from_loader(
         return _train(case, model, optimizer, pieces, loss_reduction)
 
 
+def sampled_steps(
+    case: Case, mode: str, *, max_grad_norm: float, sample_rate: float
+) -> list[tuple[list[int], Gradients]]:
+    """The drawn records and the gradient of each step of one pass, in single records, three parts to a logical batch."""
+    model, batch, dims = case.model(), case.batch(), case.batch_dims
+
+    def collate(records: list[tuple[Tensor, ...]]) -> list[Tensor]:
+        *columns, numbers = zip(*records, strict=True)
+        return [*(torch.stack(column, dim) for column, dim in zip(columns, dims, strict=True)), torch.stack(numbers)]
+
+    data = StackDataset(*(t.movedim(dim, 0) for t, dim in zip(batch, dims, strict=True)), torch.arange(RECORDS))
+    model, optimizer, loader = PrivacyEngine(seed=3).make_private(
+        module=model, optimizer=torch.optim.SGD(model.parameters(), lr=0.0),
+        data_loader=DataLoader(data, batch_size=1, collate_fn=collate), sample_rate=sample_rate, noise_multiplier=0.0,
+        max_grad_norm=max_grad_norm, accumulation_steps=3, grad_sample_mode=mode, batch_first=case.batch_first,
+    )  # fmt: skip
+    found: list[tuple[list[int], Gradients]] = []
+    drawn: list[int] = []
+    with BatchMemoryManager(data_loader=loader, max_physical_batch_size=1, optimizer=optimizer) as pieces:
+        for *columns, numbers in pieces:
+            case.losses(model, *columns).mean().backward()
+            optimizer.step()
+            drawn += numbers.tolist()
+            if optimizer.steps > len(found):
+                found.append((drawn, read(model)))
+                drawn = []
+            optimizer.zero_grad()
+    return found
+
+
 def _train(case: Case, model: nn.Module, optimizer: Any, loader: Any, loss_reduction: str) -> Gradients:
     """The user's loop until the first step was released."""
     for batch in loader:
