@@ -6,6 +6,7 @@ import contextlib
 from typing import Any
 
 import pytest
+import scipy.stats
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -207,3 +208,33 @@ def test_the_wrapper_comes_back_as_it_was() -> None:
 
     first, second = on_ranks(2, run)
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+def test_the_noise_of_the_common_sum_is_that_of_one_process() -> None:
+    """Standard deviation sigma C once, not once for each rank; independent from step to step, the same on all ranks."""
+    sigma, bound, rows = 0.8, 0.5, 2000
+
+    def run(rank: int) -> torch.Tensor:
+        module = nn.Linear(rows, 2)
+        nn.init.zeros_(module.weight)
+        nn.init.zeros_(module.bias)
+        module, optimizer, loader = PrivacyEngine(seed=13).make_private(
+            module=module, optimizer=torch.optim.SGD(module.parameters(), lr=0.0), noise_multiplier=sigma,
+            max_grad_norm=bound, data_loader=DataLoader(TensorDataset(torch.zeros(40, rows)), batch_size=8),
+        )  # fmt: skip
+        drawn = []
+        for (x,) in loader:
+            (module(x) * 0.0).mean().backward()
+            optimizer.step()
+            drawn.append(torch.cat([p.grad.flatten() for p in module.parameters()]).double() * 8 / (sigma * bound))
+            optimizer.zero_grad()
+        return torch.stack(drawn)
+
+    first, second = on_ranks(2, run)
+    assert torch.equal(first, second)
+    tail = scipy.stats.chi2(first.numel())
+    for scale, accepted in ((1.0, True), (0.95, False), (1.05, False), (2**0.5, False)):
+        plausible = 5e-5 < float(tail.cdf(float((first * scale).square().sum()))) < 1 - 5e-5
+        assert plausible == accepted
+    between = torch.corrcoef(first) - torch.eye(len(first))
+    assert between.abs().max() < 5 / first.shape[1] ** 0.5
