@@ -66,6 +66,8 @@ DRAWS = {
     "leaky": lambda x: F.rrelu(x, training=True),
     "sampled": sampled,
     "a choice for each record": lambda x: x * torch.multinomial(torch.ones(len(x), 4), 4)[:, None, :],
+    "one record after the other": lambda x: torch.stack([row[torch.randperm(3)] for row in x]),
+    "one record after the other, twice": lambda x: torch.stack([row * torch.rand(4) + torch.rand(4) for row in x]),
     "one mask for all": lambda x: x * F.dropout(torch.ones(1, 3, 4, dtype=x.dtype), 0.5),
     "one permutation for all": lambda x: x[:, :, torch.randperm(4)],
     "nothing": torch.tanh,

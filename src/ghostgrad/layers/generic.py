@@ -104,7 +104,15 @@ class _Recomputed:
                 found: tuple[Gradients, tuple[Tensor, ...]] = batched(inputs, grads)
                 return found
         except _NOT_BATCHABLE:
+            pass
+        try:
             return self._loop(inputs, grads, drawn)
+        except NotReplayableError as error:
+            assert drawn is not None
+            try:
+                return self._loop(inputs, grads, drawn.by_turns())
+            except NotReplayableError:
+                raise error from None
 
     def _drawn(self) -> Drawn | None:
         randomness = self._call.randomness

@@ -11,7 +11,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import groupby
 from typing import Any, NamedTuple
 
 import torch
@@ -62,6 +63,20 @@ class Drawn:
         if not ended:
             raise NotReplayableError("run again on the same batch from the same random state, it draws other numbers")
         return cls(noting.draws, n, randomness)
+
+    def by_turns(self) -> Drawn:
+        """As of a batch that drew for one record after the other: draws alike in a row are joined into one of all records."""
+        joined: list[Draw] = []
+        for (operator, _), alike in groupby(self.draws, lambda draw: (draw.operator, [v.shape for v in draw.values])):
+            draws = list(alike)
+            each, rest = divmod(len(draws), self.n)
+            if rest or not each:
+                joined.extend(draws)
+                continue
+            for k in range(each):
+                columns = zip(*(draw.values for draw in draws[k::each]), strict=True)
+                joined.append(Draw(operator, tuple(torch.stack(column) for column in columns)))
+        return replace(self, draws=joined)
 
     @contextmanager
     def replayed(self, record: int | None = None) -> Iterator[None]:
@@ -135,6 +150,8 @@ class _Replay(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if stacked and value.shape == shape:
             return value  # `vmap` put the records into the operator's own batch
         alone = shape[1:] if stacked else shape
+        if value.shape == (self._n, *alone):
+            return value if stacked else value[self._record]  # drawn by turns
         if value.dim() == len(alone):
             differ = [dim for dim, (whole, part) in enumerate(zip(value.shape, alone, strict=True)) if whole != part]
             if not differ:
