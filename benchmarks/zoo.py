@@ -5,6 +5,8 @@ go through the model one by one. Prints a table and the totals, and writes docs/
 
     python benchmarks/zoo.py                    all that are installed (pip install transformers timm torchvision)
     python benchmarks/zoo.py --only swin        those with "swin" in their name; writes no page
+
+Where Opacus 1.6.0 is installed too, its step is held to the same textbook.
 """
 
 from __future__ import annotations
@@ -23,14 +25,17 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-from architectures import Architecture, all_architectures  # noqa: E402
+from architectures import Architecture, all_architectures, installed  # noqa: E402
+from architectures.peer import opacus_step  # noqa: E402
 from architectures.single_record import Reference, difference, private_step, reference  # noqa: E402
 from architectures.single_record import difference_with_dropout as dropout_difference  # noqa: E402
 
 from ghostgrad.errors import GhostgradError  # noqa: E402
 
 MODES = ("hooks", "ghost", "bk")
-COLUMNS = (*MODES, "dropout")
+OURS = (*MODES, "dropout")
+PEERS = ("Opacus hooks", "Opacus ghost") if installed("opacus") else ()
+COLUMNS = (*OURS, *PEERS)
 
 
 @dataclass(frozen=True)
@@ -42,10 +47,12 @@ class Outcome:
 
 
 def try_column(architecture: Architecture, truth: Reference, column: str) -> Outcome:
-    """One private step in a mode, or with dropout."""
+    """One private step in a mode, or with dropout, or by Opacus."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
+            if column in PEERS:
+                return _try_peer(architecture, truth, column)
             if column == "dropout":
                 wrong = dropout_difference(architecture, truth)
             else:
@@ -55,6 +62,15 @@ def try_column(architecture: Architecture, truth: Reference, column: str) -> Out
     except Exception as error:  # anything else is a fault of the library
         return Outcome("crash", f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}")
     return Outcome("wrong", wrong) if wrong else Outcome("exact")
+
+
+def _try_peer(architecture: Architecture, truth: Reference, column: str) -> Outcome:
+    """Whatever it raises counts as a refusal: nothing was trained."""
+    try:
+        found = opacus_step(architecture, truth, column.removeprefix("Opacus "))
+    except Exception:
+        return Outcome("refused")
+    return Outcome("wrong" if difference(found, truth.gradients) else "exact")
 
 
 def try_columns(architecture: Architecture) -> dict[str, Outcome]:
@@ -68,17 +84,21 @@ def try_columns(architecture: Architecture) -> dict[str, Outcome]:
 
 def run(architectures: list[Architecture]) -> dict[Architecture, dict[str, Outcome]]:
     """Try every mode, printing each row when it is known."""
-    print(f"{'architecture':46}" + "".join(f"{mode:>9}" for mode in COLUMNS) + "     s")
+    print(f"{'architecture':46}" + "".join(f"{column:>{_width(column)}}" for column in COLUMNS) + "     s")
     rows = {}
     for architecture in architectures:
         start = time.perf_counter()
         outcomes = try_columns(architecture)
         rows[architecture] = outcomes
-        verdicts = "".join(f"{outcome.verdict:>9}" for outcome in outcomes.values())
+        verdicts = "".join(f"{outcome.verdict:>{_width(column)}}" for column, outcome in outcomes.items())
         print(f"{architecture.name:46}{verdicts} {time.perf_counter() - start:5.1f}", flush=True)
         for reason in dict.fromkeys(outcome.reason for outcome in outcomes.values() if outcome.reason):
             print(f"    {reason}", flush=True)
     return rows
+
+
+def _width(column: str) -> int:
+    return max(9, len(column) + 2)
 
 
 def totals(rows: dict[Architecture, dict[str, Outcome]]) -> list[str]:
@@ -92,6 +112,11 @@ def totals(rows: dict[Architecture, dict[str, Outcome]]) -> list[str]:
     return lines
 
 
+_OPACUS = (
+    "*Opacus*: version 1.6.0 on the same model, batch and bound, held to the same textbook. *Refused* is any error it raises.",
+)
+
+
 def page(rows: dict[Architecture, dict[str, Outcome]]) -> str:
     """The supported-models page."""
     lines = [
@@ -103,6 +128,7 @@ def page(rows: dict[Architecture, dict[str, Outcome]]) -> str:
         "through the model one by one. *Exact*: float32, within 2e-4 of the update's norm. *Refused*: an error says why, and",
         "nothing was trained. *Dropout*: the same model with dropout and a bound that no record reaches, against plain",
         "autograd under the same random masks.",
+        *(_OPACUS if PEERS else ()),
         "",
         *[f"* {line}" for line in totals(rows)],
         "",
@@ -114,8 +140,8 @@ def page(rows: dict[Architecture, dict[str, Outcome]]) -> str:
             "",
             f"## {library}",
             "",
-            "| model | " + " | ".join(MODES) + " | why not |",
-            "|---|" + "---|" * (len(MODES) + 1),
+            "| model | " + " | ".join(COLUMNS) + " | why not |",
+            "|---|" + "---|" * (len(COLUMNS) + 1),
         ]
         for architecture, outcomes in own.items():
             reasons = list(dict.fromkeys(outcome.reason for outcome in outcomes.values() if outcome.reason))
@@ -143,9 +169,7 @@ def main() -> int:
     if not wanted:
         options.page.write_text(page(rows))
         print(f"written: {options.page}")
-    return int(
-        any(outcome.verdict in ("wrong", "crash") for outcomes in rows.values() for outcome in outcomes.values())
-    )
+    return int(any(outcomes[column].verdict in ("wrong", "crash") for outcomes in rows.values() for column in OURS))
 
 
 if __name__ == "__main__":

@@ -15,12 +15,12 @@ from ghostgrad.layers import (  # noqa: F401 (they register themselves)
     recurrent,
     small,
 )
-from ghostgrad.layers.call import Call, Rows
+from ghostgrad.layers.call import Call, Places, Rows
 from ghostgrad.layers.generic import generic
 from ghostgrad.layers.randomness import Randomness
 from ghostgrad.layers.registry import Rule, RuleFunction, add_rule, find_rule
 
 __all__ = [
-    "DPGRU", "DPLSTM", "DPRNN", "Call", "DPMultiheadAttention", "Randomness", "Rows", "Rule", "RuleFunction", "add_rule",
-    "find_rule", "generic",
+    "DPGRU", "DPLSTM", "DPRNN", "Call", "DPMultiheadAttention", "Places", "Randomness", "Rows", "Rule", "RuleFunction",
+    "add_rule", "find_rule", "generic",
 ]  # fmt: skip

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -14,8 +14,24 @@ from ghostgrad.layers.randomness import Randomness
 
 
 @dataclass(frozen=True)
+class Places:
+    """Which dimension of the tensors of a call holds the records, as batches of two sizes have shown it.
+
+    Attributes:
+        inputs: by place among the input tensors; None for one that is the same whatever the batch. What the two batches left
+            open is missing.
+        outputs: the same for the floating-point outputs.
+        by_rank: for tensors of that many dimensions, where those that hold records agree.
+    """
+
+    inputs: Mapping[int, int | None] = field(default_factory=dict)
+    outputs: Mapping[int, int | None] = field(default_factory=dict)
+    by_rank: Mapping[int, int | None] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
 class Rows:
-    """Where the records are in a tensor of a call.
+    """Where the records are in a tensor of a call: what two batches have shown, or else what the sizes allow.
 
     A layer's rows are not the records: a batch folded into ``[n * fold, ...]`` has several rows of each.
     """
@@ -25,13 +41,33 @@ class Rows:
     path: str
     least: int = 1
     """The fewest dimensions that a tensor of this layer has: [n, f] is 2, whatever f is."""
+    places: Places = Places()
 
     def dim(self, tensor: Tensor, *, least: int | None = None) -> int | None:
         """The dimension that holds the records, or None if there is none; ``least`` where it is not the layer's."""
+        if tensor.dim() in self.places.by_rank:
+            return self._whole(tensor, self.places.by_rank[tensor.dim()])
         least = self.least if least is None else least
         if not self.batch_first and tensor.dim() > least and tensor.shape[1] == self.n:
             return 1
         return 0 if tensor.dim() >= least and tensor.shape[0] > 0 and tensor.shape[0] % self.n == 0 else None
+
+    def _whole(self, tensor: Tensor, dim: int | None) -> int | None:
+        """``dim`` where it holds a whole number of rows for each record."""
+        return None if dim is None or not tensor.shape[dim] or tensor.shape[dim] % self.n else dim
+
+    def input(self, place: int, tensor: Tensor) -> int | None:
+        """The dimension that holds the records in one of a call's input tensors, None if there is none."""
+        return self._at(self.places.inputs, place, tensor)
+
+    def output(self, place: int, tensor: Tensor) -> int | None:
+        """The same for one of its floating-point outputs, or its gradient."""
+        return self._at(self.places.outputs, place, tensor)
+
+    def _at(self, known: Mapping[int, int | None], place: int, tensor: Tensor) -> int | None:
+        if place in known:
+            return self._whole(tensor, known[place])
+        return self.dim(tensor) if tensor.dim() else None
 
     def lead(self, tensor: Tensor, *, least: int | None = None) -> Tensor:
         """``tensor`` with the records (or each record's consecutive rows) first.
@@ -39,7 +75,13 @@ class Rows:
         Raises:
             UnsupportedModuleError: when no dimension can be the records'.
         """
-        dim = self.dim(tensor, least=least)
+        return self._lead(tensor, self.dim(tensor, least=least))
+
+    def lead_output(self, place: int, grad: Tensor) -> Tensor:
+        """The same for the gradient of one of a call's floating-point outputs."""
+        return self._lead(grad, self.output(place, grad))
+
+    def _lead(self, tensor: Tensor, dim: int | None) -> Tensor:
         if dim is None:
             raise UnsupportedModuleError(
                 f"{self.path}: a tensor of shape {list(tensor.shape)} has no dimension for the {self.n} records of this "
@@ -59,7 +101,8 @@ class Rows:
         Raises:
             UnsupportedModuleError: when the first dimension is not a whole number of rows for each record.
         """
-        if (dims is not None and tensor.dim() != dims) or tensor.shape[0] % self.n:
+        wrong = (dims is not None and tensor.dim() != dims) or self.places.by_rank.get(tensor.dim(), 0) != 0
+        if wrong or tensor.shape[0] % self.n:
             raise UnsupportedModuleError(
                 f"{self.path}: met a tensor of shape {list(tensor.shape)} in a batch of {self.n} records; this layer needs "
                 f"the batch as the first{'' if dims is None else f' of {dims}'} dimension(s), with a whole number of rows "

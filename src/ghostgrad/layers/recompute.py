@@ -43,7 +43,8 @@ def rows_first(call: Call, tensor: Tensor, dim: int) -> Tensor:
         UnsupportedModuleError: when that dimension is not a whole number of rows for each record.
     """
     n = call.rows.n
-    if tensor.dim() <= dim or not tensor.shape[dim] or tensor.shape[dim] % n:
+    known = call.rows.places.by_rank.get(tensor.dim(), dim)
+    if known != dim or tensor.dim() <= dim or not tensor.shape[dim] or tensor.shape[dim] % n:
         raise UnsupportedModuleError(
             f"{call.path}: met a tensor of shape {list(tensor.shape)} in a batch of {n} records; with "
             f"batch_first={getattr(call.module, 'batch_first', False)} this {type(call.module).__name__} has its batch in "

@@ -47,7 +47,7 @@ class Rule:
     refuses: Callable[[nn.Module], str | None] = lambda module: None
     least: Callable[[nn.Module], int | None] = lambda module: 1
     claims: Callable[[nn.Module], Mapping[str, nn.Parameter]] = own_parameters
-    led: Callable[[Call, Tensor, int], Tensor] = lambda call, grad, index: call.rows.lead(grad)
+    led: Callable[[Call, Tensor, int], Tensor] = lambda call, grad, index: call.rows.lead_output(index, grad)
     draws: Callable[[nn.Module], bool] = lambda module: False
     shuffled: Callable[[Any], bool] = lambda arguments: False
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from ghostgrad.errors import PrivacyError, UnsupportedModuleError
 from ghostgrad.layers import Call, Randomness, Rows, Rule
 from ghostgrad.recording.hooks import Hook
+from ghostgrad.recording.places import Observed
 from ghostgrad.recording.plan import Layout, Plan, with_batch
 from ghostgrad.recording.probe import Probe
 from ghostgrad.recording.tape import Tape
@@ -37,6 +38,10 @@ class Modules:
         """Layouts of calls for which row isolation was shown."""
         self.tape: Tape | None = None
         """The forward that is being recorded, or whose graph is being run backward."""
+        self.observed: Observed | None = None
+        """In a rehearsal: the calls of a batch with one record more."""
+        self.observing = False
+        """Whether that larger batch is running now."""
         self._paused = False
         self._open: list[tuple[list[nn.Parameter], Randomness | None]] = []
         self._watched: dict[str, list[Any]] = {}
@@ -112,12 +117,13 @@ class Modules:
                 p.requires_grad_(True)
 
     def _leave(self, path: str, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
-        claimed, randomness = self._open.pop() if self._open else ([], None)
+        claimed, began = self._open.pop() if self._open else ([], None)
         for p in claimed:
             p.requires_grad_(True)
         tape = self.tape
         if not claimed or tape is None or output is None:
             return None
+        randomness = None if began is None else began.until_now()
         if self.plan.layouts.get(path) is Layout.EXPANDED:
             args, kwargs, output = map_tensors(lambda t: with_batch(t, tape.n), (args, kwargs, output))
         outs = [leaf for leaf in tensors(output) if leaf.is_floating_point()]
@@ -137,9 +143,8 @@ class Modules:
         shown = path or type(module).__name__
         found, rebuild = flatten(inputs)
         keep = tuple(tensor.detach() for tensor in found)
-        rows = self._rows(path, tape.n, shown)
-        where = rule.rows(module, rows)
-        signature = (path, *((t.dim(), where.dim(t), t.shape[:1] == (tape.n,)) for t in (*keep, *outs)))
+        rows = self._rows(path, tape.n, shown, keep, outs)
+        signature = (path, *_places(rule.rows(module, rows), keep, outs))
         copies = None
         if signature not in self.proved or rule.shuffled(inputs):
             tape.unproved.add(signature)
@@ -157,10 +162,13 @@ class Modules:
 
         return Probe.apply(fired, keep, len(outs), *outs, *parameters.values())  # type: ignore[no-untyped-call]
 
-    def _rows(self, path: str, n: int, shown: str) -> Rows:
-        layout = self.plan.layouts.get(path, Layout.PLAIN)
-        batch_first = self.batch_first if layout is Layout.PLAIN else layout is Layout.EXPANDED
-        return Rows(n, batch_first, shown)
+    def _rows(self, path: str, n: int, shown: str, inputs: Sequence[Tensor], outs: Sequence[Tensor]) -> Rows:
+        if self.observed is not None and self.observing:
+            self.observed.note(path, n, inputs, outs)
+        elif self.observed is not None:
+            self.observed.teach(self.plan.known, path, n, inputs, outs)
+        expanded = self.plan.layouts.get(path) is Layout.EXPANDED
+        return Rows(n, self.batch_first or expanded, shown, places=self.plan.known.of(path, inputs, outs))
 
     def _supported_rule(self, path: str, module: nn.Module) -> Rule:
         rule = self.plan.rule(path, module)
@@ -168,3 +176,11 @@ class Modules:
         if reason:
             raise UnsupportedModuleError(f"{path}: {type(module).__name__}: {reason}.")
         return rule
+
+
+def _places(rows: Rows, inputs: Sequence[Tensor], outs: Sequence[Tensor]) -> Iterator[tuple[int, int | None, bool]]:
+    """What the proof of a call is about: how many dimensions each tensor has, which one the records are in, and whether alone."""
+    for find, found in ((rows.input, inputs), (rows.output, outs)):
+        for i, tensor in enumerate(found):
+            dim = find(i, tensor)
+            yield tensor.dim(), dim, dim is not None and tensor.shape[dim] == rows.n

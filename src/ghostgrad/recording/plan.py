@@ -10,17 +10,16 @@ from torch import Tensor, nn
 
 from ghostgrad.layers import Rule, find_rule, generic
 from ghostgrad.layers.registry import own_parameters
+from ghostgrad.recording.places import Known
 
-GENERIC = Rule("generic", generic, frozenset())
+GENERIC = Rule("generic", generic, frozenset(), draws=lambda module: True)
 
 
 class Layout(Enum):
     """Where the records are in the tensors of a module."""
 
     PLAIN = "plain"
-    """As in the root's."""
-    TIME_FIRST = "time first"
-    """In dimension 1, though the root's lead with them."""
+    """Where two batches have shown them, or else as in the root's."""
     EXPANDED = "expanded"
     """Nowhere: the same for all records (position embeddings). It is expanded to the batch behind the module."""
 
@@ -33,6 +32,7 @@ class Plan:
         root: the root module.
         generic_only: let the generic rule answer for every module.
         layouts: by path of a module, where it is not plain.
+        known: where the records are in the tensors of each module's calls.
         enclosing: by path of a module, the parameters of its descendants that it answers for as a whole, by name within it.
     """
 
@@ -40,6 +40,12 @@ class Plan:
     generic_only: bool = False
     layouts: dict[str, Layout] = field(default_factory=dict)
     enclosing: dict[str, dict[str, nn.Parameter]] = field(default_factory=dict)
+    known: Known = field(default_factory=Known)
+
+    def copy(self) -> Plan:
+        """One that can be changed without this one; what is known of places is to be found again."""
+        enclosing = {path: dict(taken) for path, taken in self.enclosing.items()}
+        return Plan(self.root, self.generic_only, dict(self.layouts), enclosing)
 
     def rule(self, path: str, module: nn.Module) -> Rule:
         """The rule that answers for a module."""

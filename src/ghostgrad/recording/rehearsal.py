@@ -1,15 +1,16 @@
 """Runs the model on its first batch to find how the calls of its modules are to be read, before anything counts.
 
-The plain reading (every weight is used in its own module's call, every tensor leads with the batch) is tried first. Where it
-fails, in this order: the records are in dimension 1; the module's output is the same for all records and is expanded to the
-batch; the next module above answers for the parameters as a whole, recomputed one record at a time. A reading is kept only
-if the model's outputs stay the same and the gradient of no record reaches the rows of another.
+A batch with one record more goes through the model first: what grows with it is where the records are in each module's
+tensors. The plain reading (every weight is used in its own module's call, on tensors that hold the records) is tried first.
+Where it fails, in this order: the module's output is the same for all records and is expanded to the batch; the next module
+above answers for the parameters as a whole, recomputed one record at a time. A reading is kept only if the model's outputs
+stay the same and the gradient of no record reaches the rows of another.
 """
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +23,7 @@ from ghostgrad.layers import Call, Rows, Rule
 from ghostgrad.recording import proofs
 from ghostgrad.recording.losses import watch
 from ghostgrad.recording.modules import Modules
+from ghostgrad.recording.places import Known, Observed, one_more
 from ghostgrad.recording.plan import Layout
 from ghostgrad.recording.tape import Tape
 from ghostgrad.tree import map_tensors, tensors
@@ -46,12 +48,10 @@ class Rehearsal:
         self._modules, self._root = modules, modules.root
         self._problems: list[_Problem] = []
         self._keep: Tensor | None = None
-        self._time_first: dict[str, bool] = {}
         self._first: dict[str, GhostgradError] = {}
         self._not_expandable: set[str] = set()
         self._new_holders: set[str] = set()
         """Modules that came to answer for others after the last attempt, and had no chance to yet."""
-        self._n = 0
 
     def run(self, args: Any, kwargs: Any, n: int) -> None:
         """Change the plan of the modules until nothing fails.
@@ -59,11 +59,8 @@ class Rehearsal:
         Raises:
             GhostgradError: what failed first, where no reading of the module or of any above it holds; the plan is as before.
         """
-        self._n = n
         before, fired = self._modules.plan, self._modules.fired
-        self._modules.plan, self._modules.fired = copy.copy(before), self._fired
-        self._modules.plan.layouts = dict(before.layouts)
-        self._modules.plan.enclosing = {path: dict(taken) for path, taken in before.enclosing.items()}
+        self._modules.plan, self._modules.fired = before.copy(), self._fired
         try:
             self._search((args, kwargs), n)
         except GhostgradError:
@@ -96,21 +93,51 @@ class Rehearsal:
         """Run the model forward and backward under the present plan; problems are noted, not raised."""
         self._problems, modules = [], self._modules
         self._new_holders.clear()
+        modules.plan.known, modules.observed = Known(), self._observe(batch, n)
+        try:
+            with self._recorded(n):
+                found = self._forward(batch)
+                rows = Rows(n, modules.batch_first, type(self._root).__name__)
+                outs = [t for t in found if t.requires_grad and rows.dim(t) is not None]
+                if outs:
+                    self._backward(outs, rows)
+        finally:
+            modules.observed = None
+        return [t.detach() for t in found]
+
+    def _observe(self, batch: Any, n: int) -> Observed | None:
+        """The calls of a batch with the first record once more; None where the model does not run on that."""
+        modules = self._modules
+        modules.observed, modules.observing = Observed(), True
+        try:
+            with self._recorded(n + 1), torch.no_grad():
+                self._forward(map_tensors(lambda t: one_more(t, n, batch_first=modules.batch_first), batch))
+        except GhostgradError:
+            raise
+        except Exception:
+            return None
+        finally:
+            modules.observing = False
+        return modules.observed
+
+    def _forward(self, batch: Any) -> list[Tensor]:
+        """The floating-point outputs, with copies of the inputs and the buffers."""
         buffers = {name: buffer.clone() for name, buffer in self._root.named_buffers()}
         args, kwargs = map_tensors(lambda t: t.detach().clone(), batch)
+        return [t for t in tensors(functional_call(self._root, buffers, args, kwargs)) if t.is_floating_point()]
+
+    @contextmanager
+    def _recorded(self, n: int) -> Iterator[None]:
+        """Calls inside are recorded as those of ``n`` records, always under the same random numbers."""
+        modules = self._modules
         outer, modules.tape = modules.tape, Tape(n, None)
         try:
             with torch.random.fork_rng():
                 torch.manual_seed(0)
-                found = tensors(functional_call(self._root, buffers, args, kwargs))
-                rows = Rows(n, modules.batch_first, type(self._root).__name__)
-                outs = [t for t in found if t.is_floating_point() and t.requires_grad and rows.dim(t) is not None]
-                if outs:
-                    self._backward(outs, rows)
+                yield
         finally:
             modules.restore()
             modules.tape = outer
-        return [t.detach() for t in found if t.is_floating_point()]
 
     def _backward(self, outs: Sequence[Tensor], rows: Rows) -> None:
         grads = [torch.randn_like(out) for out in outs]
@@ -126,9 +153,6 @@ class Rehearsal:
     def _fired(self, tape: Tape, rule: Rule, call: Call) -> None:
         path = "" if call.module is self._root else call.path
         inputs = tensors((call.args, dict(call.kwargs)))
-        # [rows, features] of floats has no time; [time, records] of ids has.
-        candidates = [t for t in inputs if t.dim() > 2 or (t.dim() == 2 and not t.is_floating_point())]
-        self._time_first[path] = any(t.shape[1] == self._n for t in candidates)
         if not inputs:
             self._not_expandable.add(path)  # it hands out a weight (a parametrization), not values for the records
         if any(problem.path == path for problem in self._problems):
@@ -177,9 +201,6 @@ class Rehearsal:
         """Whether another place of the records can be tried for a module."""
         plan = self._modules.plan
         layout = plan.layouts.get(path, Layout.PLAIN)
-        if layout is Layout.PLAIN and self._time_first[path]:
-            plan.layouts[path] = Layout.TIME_FIRST
-            return True
         if layout is not Layout.EXPANDED and path and path not in self._not_expandable and path not in plan.enclosing:
             plan.layouts[path] = Layout.EXPANDED
             return True
