@@ -14,6 +14,7 @@ from ghostgrad.accounting import Accountant
 from ghostgrad.clipping import ClipFunction, ClippedSum, trainable
 from ghostgrad.errors import ConfigurationError, PrivacyError
 from ghostgrad.noise import NoiseMechanism
+from ghostgrad.recording.scalers import scalers
 from ghostgrad.schedulers import Schedule, value_at
 from ghostgrad.spending import Budget, Spending
 
@@ -166,7 +167,7 @@ class DPOptimizer(Optimizer):
             BudgetExhausted: the step would pass ``target_epsilon``; nothing was changed.
             PrivacyError: a parameter holds a gradient that the clipper did not produce.
         """
-        self._refuse_grad_scaler()
+        self._answer_grad_scaler()
         if self._released:
             raise PrivacyError(
                 "this DPOptimizer was detached; step with the original optimizer, or call make_private again."
@@ -249,16 +250,16 @@ class DPOptimizer(Optimizer):
         if not (math.isfinite(self.expected_batch_size) and self.expected_batch_size > 0):
             raise ConfigurationError(f"expected_batch_size={self.expected_batch_size} must be positive and finite.")
 
-    def _refuse_grad_scaler(self) -> None:
-        if getattr(self, "grad_scale", None) is not None or getattr(self, "found_inf", None) is not None:
+    def _answer_grad_scaler(self) -> None:
+        stepped_by_one = hasattr(self, "grad_scale") or hasattr(self, "found_inf")
+        if stepped_by_one and not scalers.answer(self):
             raise PrivacyError(
-                "this step was called by a GradScaler, whose scaled loss was clipped instead of the loss. Per-sample "
-                "norms are taken in float32: leave the scaler out (autocast with bfloat16 needs none)."
+                "this step was called by a GradScaler that did not scale the loss with torch's own GradScaler.scale (another "
+                "class, or a reference to the method from before make_private), so what to divide the gradients by is not "
+                "known. Use torch.amp.GradScaler, or leave it out: autocast with bfloat16 needs none."
             )
 
-    _step_supports_amp_scaling = (
-        True  # a GradScaler then hands its scale over, and step() can refuse it with the reason
-    )
+    _step_supports_amp_scaling = True  # a GradScaler then calls step() always, whether or not it found an overflow
 
     def release_original(self) -> None:
         """Give the original optimizer its own step back."""

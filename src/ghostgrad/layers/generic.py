@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -51,7 +51,8 @@ def generic(call: Call) -> dict[str, Use]:
         args, kwargs = rebuild(filled)
         # Copies of the buffers: what a second run of the forward does to them must not show.
         buffers = {name: buffer.clone() for name, buffer in call.module.named_buffers()}
-        result = tensors(functional_call(call.module, (parameters, buffers), args, kwargs))
+        with call.autocast or nullcontext():
+            result = tensors(functional_call(call.module, (parameters, buffers), args, kwargs))
         floating = [leaf for leaf in result if leaf.is_floating_point()]
         return tuple(_led(floating[i], call, i) for i in arrived)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -107,7 +108,10 @@ def _forward(root: nn.Module, batch: Any, *, seed: int) -> tuple[list[Tensor], d
     torch.manual_seed(seed)
     args, kwargs = map_tensors(lambda t: t.detach().clone(), batch)
     buffers = {name: buffer.clone() for name, buffer in root.named_buffers()}
-    outputs = tensors(functional_call(root, buffers, args, kwargs))
+    with warnings.catch_warnings():
+        # Re-entrant checkpointing misses gradients, which nobody wants of this forward.
+        warnings.filterwarnings("ignore", message="None of the inputs have requires_grad")
+        outputs = tensors(functional_call(root, buffers, args, kwargs))
     return [t for t in outputs if t.is_floating_point()], buffers
 
 

@@ -53,8 +53,12 @@ class Rehearsal:
         """Modules that came to answer for others after the last attempt, and had no chance to yet."""
         self._n = 0
 
-    def run(self, args: Any, kwargs: Any, n: int) -> None:
+    def run(self, args: Any, kwargs: Any, n: int) -> bool:
         """Change the plan of the modules until nothing fails.
+
+        Returns:
+            Whether it came to an end. The model may fail by itself (out of memory, an interrupted loop): its own forward
+            will say so, and the next batch is to be rehearsed again.
 
         Raises:
             GhostgradError: what failed first, where no reading of the module or of any above it holds; the plan is as before.
@@ -65,14 +69,14 @@ class Rehearsal:
         self._modules.plan.layouts = dict(before.layouts)
         self._modules.plan.enclosing = {path: dict(taken) for path, taken in before.enclosing.items()}
         try:
-            self._search((args, kwargs), n)
+            return self._search((args, kwargs), n)
         except GhostgradError:
             self._modules.plan = before
             raise
         finally:
             self._modules.fired = fired
 
-    def _search(self, batch: Any, n: int) -> None:
+    def _search(self, batch: Any, n: int) -> bool:
         plain: list[Tensor] | None = None
         for _ in range(_MOST_ATTEMPTS):
             try:
@@ -81,13 +85,13 @@ class Rehearsal:
                 raise
             except Exception:
                 if not self._give_up_expanding():
-                    return  # the model fails by itself: its own forward will say so
+                    return False
                 continue
             plain = outputs if plain is None else plain
             if self._problems:
                 self._treat_all(unchanged=_same(plain, outputs))
             elif _same(plain, outputs) or not self._give_up_expanding():
-                return
+                return True
         raise next(iter(self._first.values()))
 
     # ------------------------------------------------------------------ one attempt
