@@ -40,7 +40,7 @@ def leave_uncompiled(also_now: bool) -> bool:
     """Let code that `torch.compile` was given run as it is, if it does not already; returns whether it did.
 
     Every module that owns parameters has hooks, so a forward that is recorded would be compiled in fractions, with guards to
-    check and graphs to compile again for other sizes of the batch. It runs eagerly; one in eval mode runs compiled.
+    check and graphs to compile again for other sizes of the batch. It runs eagerly.
     """
     before = bool(dynamo.disable)
     dynamo.disable = before or also_now

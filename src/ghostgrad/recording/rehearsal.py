@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.func import functional_call
 
-from ghostgrad.errors import GhostgradError, PrivacyError
+from ghostgrad.errors import ConfigurationError, GhostgradError, PrivacyError
 from ghostgrad.layers import Call, Rows, Rule
 from ghostgrad.recording import proofs
 from ghostgrad.recording.losses import watch
@@ -143,6 +143,8 @@ class Rehearsal:
             else:
                 with self._modules.paused():
                     rule.uses(call)
+        except ConfigurationError:
+            raise  # a registered rule that does not do what it owes: no other reading helps
         except GhostgradError as error:
             self._problems.append(_Problem(path, error))
 
