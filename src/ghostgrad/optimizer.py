@@ -97,6 +97,17 @@ class DPOptimizer(Optimizer):
         """Load a state dict into the original."""
         self.original_optimizer.load_state_dict(state_dict)
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Not to be copied or pickled: a copy would release the same sum with the same noise, which no ledger notes.
+
+        Raises:
+            PrivacyError: always.
+        """
+        raise PrivacyError(
+            "a DPOptimizer is not copied or pickled: the copy would release the same clipped sum and draw the same noise without "
+            "being accounted. Save optimizer.state_dict(), engine.accountant.state_dict() and the model's state_dict."
+        )
+
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add parameters to the original; they are noised from the next step on."""
         self.original_optimizer.add_param_group(param_group)

@@ -31,7 +31,9 @@ class Mixer(nn.Module):
 
 def mixer(call: Call) -> dict[str, Use]:
     module = call.module
-    x, dy, ids = (call.rows.split(t).flatten(1, -2) for t in (call.input, call.grad_output, call.kwargs["ids"][..., None]))
+    x, dy, ids = (
+        call.rows.split(t).flatten(1, -2) for t in (call.input, call.grad_output, call.kwargs["ids"][..., None])
+    )
     uses: dict[str, Use] = {}
     if "matrix" in call.parameters:
         uses["matrix"] = Matmul(x.unsqueeze(1), (dy * module.gain).unsqueeze(1), module.matrix.shape)
@@ -304,7 +306,10 @@ def test_a_frozen_weight_may_be_left_out_or_answered():
     [
         (lambda layer, a, b: None, "grad sampler registered for Twice returned a NoneType"),
         (lambda layer, a, b: {layer.weight: torch.zeros(5, 4, 3)}, r"answered for \['weight'\]"),
-        (lambda layer, a, b: {layer.weight: torch.zeros(4, 3), layer.bias: torch.zeros(5, 4)}, r"\[4, 3\] for 'weight'"),
+        (
+            lambda layer, a, b: {layer.weight: torch.zeros(4, 3), layer.bias: torch.zeros(5, 4)},
+            r"\[4, 3\] for 'weight'",
+        ),
         (lambda layer, a, b: {"weight": 1}, "not its parameter"),
     ],
 )

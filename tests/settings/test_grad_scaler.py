@@ -54,7 +54,7 @@ def test_a_record_alone_is_unscaled_too(mode):
 def test_per_sample_gradients_that_are_shown_are_unscaled(mode):
     shown = {}
     for scale in (None, 4096.0):
-        model, optimizer = private(drawn(TinyGPT), mode, 1.0)
+        model, _ = private(drawn(TinyGPT), mode, 1.0)
         loss = next_word(model, sentences()).mean()
         (loss if scale is None else GradScaler("cpu", init_scale=scale).scale(loss)).backward()
         shown[scale] = [p.grad_sample for p in model.parameters() if hasattr(p, "grad_sample")]
@@ -158,7 +158,9 @@ def test_gradients_of_the_inputs_are_those_of_the_scaled_loss():
     torch.testing.assert_close(x.grad, 16 / 4 * model.weight.detach().sum(0).expand(4, 3))
 
 
-@pytest.mark.parametrize("scaler", [None, GradScaler("cpu"), GradScaler("cpu", enabled=False)], ids=["none", "on", "off"])
+@pytest.mark.parametrize(
+    "scaler", [None, GradScaler("cpu"), GradScaler("cpu", enabled=False)], ids=["none", "on", "off"]
+)
 def test_a_tensor_of_the_users_own_is_refused_with_and_without_a_scaler(scaler):
     model, _ = private(nn.Linear(3, 2), "bk", 1.0)
     loss = F.cross_entropy(model(torch.randn(4, 3)), torch.tensor([0, 1, 1, 0]), reduction="sum")

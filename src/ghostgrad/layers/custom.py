@@ -75,7 +75,7 @@ def register_rule(
     if function is None:
         return lambda rule: register_rule(module_class, rule, name=name, replace=replace)
     _check(module_class, function, "rule", replace)
-    set_rule(module_class, _held_to_its_duties(function, name or getattr(function, "__name__", "custom")))
+    set_rule(module_class, _held_to_its_duties(function, name or str(getattr(function, "__name__", "custom"))))
     return function
 
 
@@ -133,8 +133,8 @@ def register_grad_sampler(
     ...             layer.bias: torch.einsum("n...k->nk", 2 * backprops)}
     >>> unregister_rule(Twice)
     """
-    several = isinstance(target_class_or_classes, Sequence)
-    classes = list(target_class_or_classes) if several else [target_class_or_classes]  # type: ignore[arg-type]
+    given = target_class_or_classes
+    classes: list[type[nn.Module]] = list(given) if isinstance(given, Sequence) else [given]
 
     def decorate(sampler: GradSampler) -> GradSampler:
         for module_class in classes:
@@ -172,7 +172,10 @@ def _check_answer(call: Call, uses: Any) -> None:
     where = f"{call.path}: the rule registered for {type(call.module).__name__}"
     if not isinstance(uses, Mapping):
         raise ConfigurationError(f"{where} returned a {type(uses).__name__}; it must return {{name: Use}}.")
-    missing, foreign = sorted(call.parameters.keys() - uses.keys()), sorted(uses.keys() - call.parameters.keys(), key=str)
+    missing, foreign = (
+        sorted(call.parameters.keys() - uses.keys()),
+        sorted(uses.keys() - call.parameters.keys(), key=str),
+    )
     own = own_parameters(call.module)
     if missing or any(name not in own for name in foreign):
         raise ConfigurationError(

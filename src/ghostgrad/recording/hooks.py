@@ -35,7 +35,6 @@ class Hook:
         return Hook(_nothing)
 
 
-
 def leave_uncompiled(also_now: bool) -> bool:
     """Let code that `torch.compile` was given run as it is, if it does not already; returns whether it did.
 

@@ -132,6 +132,9 @@ class Recorder:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
+        if self._outer:  # interrupted
+            compile_again(self._outer[0][1])
+            self._outer.clear()
 
     # ------------------------------------------------------------------ the root's forward
 

@@ -42,7 +42,8 @@ class _Scalers:
                 self._known.add(scaler)
                 for tensor in tensors(scaled):
                     if tensor.grad_fn is not None:
-                        tensor.grad_fn.metadata[_MARK] = True
+                        metadata: Any = tensor.grad_fn.metadata
+                        metadata[_MARK] = True
             return scaled
 
         GradScaler.scale = scale  # type: ignore[method-assign, assignment]
@@ -61,7 +62,9 @@ class _Scalers:
         stepping = [scaler for scaler in self._known if id(optimizer) in scaler._per_optimizer_states]
         for scaler in stepping:
             device = scaler._scale.device  # type: ignore[union-attr]
-            scaler._per_optimizer_states[id(optimizer)]["found_inf_per_device"] = {device: torch.zeros((), device=device)}
+            scaler._per_optimizer_states[id(optimizer)]["found_inf_per_device"] = {
+                device: torch.zeros((), device=device)
+            }
             # update() adds one and lets the scale grow at growth_interval: without a way back it would only ever grow.
             scaler._growth_tracker.fill_(-1)  # type: ignore[union-attr]
         return bool(stepping)
