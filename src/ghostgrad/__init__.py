@@ -19,6 +19,7 @@ if TYPE_CHECKING:
         PrivacyError,
         UnsupportedModuleError,
     )
+    from ghostgrad.layers import register_rule
     from ghostgrad.memory import BatchMemoryManager
     from ghostgrad.optimizer import DPOptimizer
     from ghostgrad.sampling import DPDataLoader
@@ -42,6 +43,7 @@ _HOMES = {
     "PrivacyEngine": "engine",
     "PrivacyError": "errors",
     "UnsupportedModuleError": "errors",
+    "register_rule": "layers",
 }
 
 __all__ = [
@@ -61,6 +63,7 @@ __all__ = [
     "PrivacyError",
     "UnsupportedModuleError",
     "__version__",
+    "register_rule",
 ]
 
 

@@ -10,7 +10,7 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 
-from ghostgrad import setup
+from ghostgrad import checking, setup
 from ghostgrad.accounting import Accountant, create_accountant, get_noise_multiplier
 from ghostgrad.clipping import ClipFunction, Mode, trainable
 from ghostgrad.distributed import Topology, current
@@ -339,6 +339,69 @@ class PrivacyEngine:
         Routes depend on shapes, so they are known for the modules that a batch has gone through.
         """
         return explain([(s.module, s.recorder, s.mode, s.optimizer) for s in self._sessions])
+
+    def check(
+        self,
+        batch: Any,
+        loss_fn: checking.LossFunction,
+        *,
+        module: nn.Module | None = None,
+        batch_first: bool | None = None,
+        loss_reduction: LossReduction | None = None,
+        max_grad_norm: float | None = None,
+        verbose: bool = True,
+    ) -> checking.CheckReport:
+        """Hold a model and a loss to the loop over single records: every clipper, and whether records touch each other.
+
+        Everything runs on copies of the module, with dropout left out (so that a record has one gradient). Nothing is
+        changed: parameters, buffers, gradients, random states, the sum of a step that is under way and the ledger stay, and
+        nothing is released. The report is about private records; do not publish it.
+
+        It finds batch statistics, losses that are normalised over the batch (counted tokens, class weights) or compare records,
+        weights that are used where nobody can clip them, records that are not finite, and registered rules that are wrong.
+
+        Args:
+            batch: two or more records: tensors in tuples, lists, mappings or dataclasses, as `loss_fn` takes them.
+            loss_fn: ``loss_fn(module, batch)`` is the scalar loss, as in the loop, of the module that it is *given*.
+            module: default the private module of this engine; any other, also before `make_private`.
+            batch_first, loss_reduction: as in `make_private`; default those of the private module, else True and ``"mean"``.
+            max_grad_norm: C of the comparison; default the middle of the records' gradient norms.
+            verbose: print the report. Default True.
+
+        Returns:
+            A `CheckReport`: ``report.holds``, ``report.findings``, and a table as ``str(report)``.
+
+        Raises:
+            ConfigurationError: no module, fewer than two records, or a ``loss_fn`` that does not use what it is given.
+
+        >>> model = torch.nn.Linear(4, 2)
+        >>> batch = torch.randn(6, 4), torch.tensor([0, 1, 1, 0, 1, 0])
+        >>> report = PrivacyEngine().check(
+        ...     batch, lambda module, batch: torch.nn.functional.cross_entropy(module(batch[0]), batch[1]), module=model,
+        ...     verbose=False)
+        >>> report.holds
+        True
+        """
+        session = next((s for s in self._sessions if module is None or s.module is module), None)
+        if module is None and (session is None or len(self._sessions) > 1):
+            raise ConfigurationError(
+                f"this engine has {len(self._sessions)} private modules; say which module to check with module=."
+            )
+        setup.check_flags(verbose=verbose)
+        first, reduction = (
+            (True, "mean") if session is None else (session.recorder.batch_first, session.recorder.loss_reduction)
+        )
+        report = checking.check(
+            module if session is None else session.module,
+            batch,
+            loss_fn,
+            batch_first=first if batch_first is None else batch_first,
+            loss_reduction=reduction if loss_reduction is None else loss_reduction,
+            max_grad_norm=max_grad_norm,
+        )
+        if verbose:
+            print(report)
+        return report
 
     def __repr__(self) -> str:
         return (

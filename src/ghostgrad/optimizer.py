@@ -15,6 +15,7 @@ from ghostgrad.clipping import ClipFunction, ClippedSum, trainable
 from ghostgrad.distributed import Alone, Topology
 from ghostgrad.errors import ConfigurationError, PrivacyError
 from ghostgrad.noise import NoiseMechanism
+from ghostgrad.recording.scalers import scalers
 from ghostgrad.schedulers import Schedule, value_at
 from ghostgrad.spending import Budget, Spending
 
@@ -99,6 +100,17 @@ class DPOptimizer(Optimizer):
         """Load a state dict into the original."""
         self.original_optimizer.load_state_dict(state_dict)
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Not to be copied or pickled: a copy would release the same sum with the same noise, which no ledger notes.
+
+        Raises:
+            PrivacyError: always.
+        """
+        raise PrivacyError(
+            "a DPOptimizer is not copied or pickled: the copy would release the same clipped sum and draw the same noise without "
+            "being accounted. Save optimizer.state_dict(), engine.accountant.state_dict() and the model's state_dict."
+        )
+
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add parameters to the original; they are noised from the next step on."""
         self.original_optimizer.add_param_group(param_group)
@@ -169,7 +181,7 @@ class DPOptimizer(Optimizer):
             BudgetExhausted: the step would pass ``target_epsilon``; nothing was changed.
             PrivacyError: a parameter holds a gradient that the clipper did not produce.
         """
-        self._refuse_grad_scaler()
+        self._answer_grad_scaler()
         if self._released:
             raise PrivacyError(
                 "this DPOptimizer was detached; step with the original optimizer, or call make_private again."
@@ -261,16 +273,16 @@ class DPOptimizer(Optimizer):
         if not (math.isfinite(self.expected_batch_size) and self.expected_batch_size > 0):
             raise ConfigurationError(f"expected_batch_size={self.expected_batch_size} must be positive and finite.")
 
-    def _refuse_grad_scaler(self) -> None:
-        if getattr(self, "grad_scale", None) is not None or getattr(self, "found_inf", None) is not None:
+    def _answer_grad_scaler(self) -> None:
+        stepped_by_one = hasattr(self, "grad_scale") or hasattr(self, "found_inf")
+        if stepped_by_one and not scalers.answer(self):
             raise PrivacyError(
-                "this step was called by a GradScaler, whose scaled loss was clipped instead of the loss. Per-sample "
-                "norms are taken in float32: leave the scaler out (autocast with bfloat16 needs none)."
+                "this step was called by a GradScaler that did not scale the loss with torch's own GradScaler.scale (another "
+                "class, or a reference to the method from before make_private), so what to divide the gradients by is not "
+                "known. Use torch.amp.GradScaler, or leave it out: autocast with bfloat16 needs none."
             )
 
-    _step_supports_amp_scaling = (
-        True  # a GradScaler then hands its scale over, and step() can refuse it with the reason
-    )
+    _step_supports_amp_scaling = True  # a GradScaler then calls step() always, whether or not it found an overflow
 
     def release_original(self) -> None:
         """Give the original optimizer its own step back."""

@@ -177,3 +177,22 @@ def test_changes_say_what_fix_does_to_each_layer():
 def test_get_compatible_module_refuses_what_has_no_standard_replacement():
     with pytest.raises(UnsupportedModuleError, match="max_norm"):
         get_compatible_module(nn.Sequential(nn.Embedding(4, 2, max_norm=1.0), nn.BatchNorm1d(2)))
+
+
+def test_fix_itself_says_what_it_changed_when_asked():
+    fixed = ModuleValidator.fix(residual_like(), with_changes=True)
+    assert fixed.changes == ModuleValidator.changes(residual_like())
+    assert isinstance(fixed.module[1], nn.GroupNorm)
+
+
+def test_lists_dictionaries_and_shared_blocks_stay_what_they_are():
+    block = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4))
+    model = nn.ModuleDict({"list": nn.ModuleList([block, block, nn.BatchNorm1d(4)]), "again": block})
+    fixed = ModuleValidator.fix(model)
+    assert fixed["list"][0] is fixed["list"][1]
+    assert fixed["list"][0] is fixed["again"]
+    assert isinstance(fixed["again"][1], nn.GroupNorm)
+    assert isinstance(fixed["list"][2], nn.GroupNorm)
+    assert list(fixed.state_dict()) == [
+        name for name in model.state_dict() if "running" not in name and "num" not in name
+    ]

@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from ghostgrad.errors import ConfigurationError
+from ghostgrad import PrivacyEngine
+from ghostgrad.errors import ConfigurationError, UnsupportedModuleError
 from ghostgrad.validation import ModuleValidator, remap_optimizer
 
 
@@ -84,3 +85,39 @@ def test_a_module_of_another_shape_is_refused():
     other = nn.Sequential(nn.Linear(6, 8), nn.GroupNorm(1, 8), nn.Linear(8, 3))
     with pytest.raises(ConfigurationError, match=r"'2.weight'.*\(2, 8\).*\(3, 8\)"):
         remap_optimizer(optimizer, model, other)
+
+
+def test_fix_moves_an_optimizer_that_was_built_before_and_it_trains_privately():
+    model, optimizer = model_and_optimizer()
+    train(model, optimizer)
+    momentum = optimizer.state[model[0].weight]["momentum_buffer"].clone()
+    fixed = ModuleValidator.fix(model, optimizer=optimizer)
+    assert optimizer.param_groups[0]["params"][0] is fixed[0].weight
+    assert torch.equal(optimizer.state[fixed[0].weight]["momentum_buffer"], momentum)
+    private, steps, _ = PrivacyEngine(seed=0).make_private(
+        module=fixed, optimizer=optimizer, data_loader=None, sample_rate=0.5, expected_batch_size=4, noise_multiplier=1.0,
+        max_grad_norm=1.0,
+    )  # fmt: skip
+    before = fixed[1].weight.detach().clone()
+    private(torch.randn(4, 6)).square().sum(1).mean().backward()
+    steps.step()
+    assert not torch.equal(fixed[1].weight, before)
+
+
+@pytest.mark.parametrize("method", [ModuleValidator.fix, ModuleValidator.fix_and_validate])
+def test_an_optimizer_of_another_module_is_refused_and_stays(method):
+    model, _ = model_and_optimizer()
+    _, foreign = model_and_optimizer()
+    before = [p for group in foreign.param_groups for p in group["params"]]
+    with pytest.raises(ConfigurationError, match="not a parameter of old_module"):
+        method(model, optimizer=foreign)
+    after = [p for group in foreign.param_groups for p in group["params"]]
+    assert all(a is b for a, b in zip(before, after, strict=True))
+
+
+def test_an_optimizer_stays_where_the_fixed_module_is_not_valid():
+    model = nn.Sequential(nn.Embedding(4, 6, max_norm=1.0), nn.BatchNorm1d(6))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with pytest.raises(UnsupportedModuleError, match="max_norm"):
+        ModuleValidator.fix_and_validate(model, optimizer=optimizer)
+    assert optimizer.param_groups[0]["params"][0] is model[0].weight

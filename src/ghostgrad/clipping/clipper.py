@@ -51,6 +51,7 @@ class Clipper:
         self._uses: dict[nn.Parameter, list[Use]] = {}
         self._sq_norms: dict[nn.Parameter, Tensor] = {}
         self._factors: dict[nn.Parameter, Tensor] = {}
+        self._unit = 1.0
         self._finite: Tensor | None = None
         self._statistic = 0.0
         self._sums: dict[nn.Parameter, Tensor] = {}
@@ -78,15 +79,16 @@ class Clipper:
         self._uses.setdefault(parameter, []).append(use)
         return use.route
 
-    def settle(self, n: int) -> None:
-        """Work out the factors; with one pass the sums too."""
+    def settle(self, n: int, unit: float = 1.0) -> None:
+        """Work out the factors; with one pass the sums too. A record's gradient is ``unit`` times what was measured."""
+        self._unit = unit
         joined = {parameter: join(uses) for parameter, uses in self._uses.items()}
         for parameter, use in joined.items():
             self._sq_norms[parameter] = use.sq_norms()
         parameters = self.total.parameters()
         self._check_known(parameters)
         self.function.check(len(parameters))
-        columns = [self._sq_norms.get(p, torch.zeros(n)).to("cpu", torch.float64) for p in parameters]
+        columns = [self._sq_norms.get(p, torch.zeros(n)).to("cpu", torch.float64) * unit**2 for p in parameters]
         sq_norms = torch.stack(columns, dim=1)
         self._statistic = self.function.statistic(sq_norms)
         factors = self.function.factors(sq_norms).expand(n, len(parameters))
@@ -110,13 +112,14 @@ class Clipper:
 
     def _show(self, parameter: nn.Parameter, use: Use) -> None:
         if self._shows:
-            parameter.grad_sample = use.grad_samples().to(parameter.dtype)  # type: ignore[attr-defined]
+            grads = use.grad_samples() if self._unit == 1 else use.grad_samples() * self._unit
+            parameter.grad_sample = grads.to(parameter.dtype)  # type: ignore[attr-defined]
 
     def add(self, parameter: nn.Parameter, use: Use) -> None:
         """Add a use, weighted by the factors; records that are not finite are replaced by zeros first."""
         if self._finite is not None:
             use = use.keep_rows(self._finite.to(parameter.device))
-        part = use.weighted_sum(self._factors[parameter])
+        part = use.weighted_sum(self._factors[parameter] * self._unit)
         known = self._sums.get(parameter)
         self._sums[parameter] = part if known is None else known.add_(part)
 

@@ -16,11 +16,12 @@ from ghostgrad.layers import (  # noqa: F401 (they register themselves)
     small,
 )
 from ghostgrad.layers.call import Call, Places, Rows
+from ghostgrad.layers.custom import register_grad_sampler, register_rule, registered_rule, unregister_rule
 from ghostgrad.layers.generic import generic
 from ghostgrad.layers.randomness import Randomness
 from ghostgrad.layers.registry import Rule, RuleFunction, add_rule, find_rule
 
 __all__ = [
     "DPGRU", "DPLSTM", "DPRNN", "Call", "DPMultiheadAttention", "Places", "Randomness", "Rows", "Rule", "RuleFunction",
-    "add_rule", "find_rule", "generic",
+    "add_rule", "find_rule", "generic", "register_grad_sampler", "register_rule", "registered_rule", "unregister_rule",
 ]  # fmt: skip

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -125,6 +126,8 @@ class Call:
         outputs: the outputs themselves, kept only while the call is still to be proved; else None.
         rows: where the records are.
         randomness: where the call's random numbers began, if its rule asked for that (`Rule.draws`).
+        autocast: the context of mixed precision that the call ran in, to be entered where the module is run again; None for
+            none. A backward runs outside of it.
     """
 
     module: nn.Module
@@ -136,6 +139,7 @@ class Call:
     outputs: tuple[Tensor, ...] | None
     rows: Rows
     randomness: Randomness | None = None
+    autocast: AbstractContextManager[Any] | None = None
 
     def argument(self, position: int, name: str, default: Any = None) -> Any:
         """An argument of the call, passed by position or by keyword."""

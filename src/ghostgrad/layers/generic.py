@@ -153,7 +153,8 @@ class _Recomputed:
         args, kwargs = self._rebuild(leaves)
         # Copies of the buffers: what a second run of the forward does to them must not show.
         buffers = {name: buffer.clone() for name, buffer in module.named_buffers()}
-        result = tensors(functional_call(module, (parameters, buffers), args, kwargs))
+        with self._call.autocast or nullcontext():
+            result = tensors(functional_call(module, (parameters, buffers), args, kwargs))
         return [leaf for leaf in result if leaf.is_floating_point()]
 
     def _outputs(self, parameters: Gradients, record: Sequence[Tensor]) -> tuple[Tensor, ...]:

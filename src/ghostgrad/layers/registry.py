@@ -27,7 +27,7 @@ class Rule:
     Attributes:
         name: shown by ``engine.explain()``.
         function: the rule itself.
-        parameters: the local parameter names it knows; a module with others goes to the generic rule.
+        parameters: the local parameter names it knows; a module with others goes to the generic rule. None for any.
         refuses: says why a configuration of the module is not supported, or None.
         least: the fewest dimensions of what such a module puts out: [n, f] of a linear layer is 2, and dimension 1 is not
             the records' even where the model is time-first and f happens to be n. None where the module's own batch is
@@ -43,7 +43,7 @@ class Rule:
 
     name: str
     function: RuleFunction
-    parameters: frozenset[str] = frozenset({"weight", "bias"})
+    parameters: frozenset[str] | None = frozenset({"weight", "bias"})
     refuses: Callable[[nn.Module], str | None] = lambda module: None
     least: Callable[[nn.Module], int | None] = lambda module: 1
     claims: Callable[[nn.Module], Mapping[str, nn.Parameter]] = own_parameters
@@ -63,6 +63,8 @@ class Rule:
 
 _RULES: dict[type[nn.Module], Rule] = {}
 _NAMED: dict[tuple[str, str], Rule] = {}
+_REGISTERED: dict[type[nn.Module], Rule] = {}
+"""By users; these are asked first."""
 
 
 def add_rule(*types: type[nn.Module], rule: Rule) -> None:
@@ -76,6 +78,24 @@ def add_rule_by_name(module: str, name: str, *, rule: Rule) -> None:
     _NAMED[module, name] = rule
 
 
+def registered(module_type: type[nn.Module]) -> Rule | None:
+    """The rule that a user registered for exactly this class, if any."""
+    return _REGISTERED.get(module_type)
+
+
+def built_in(module_type: type[nn.Module]) -> Rule | None:
+    """The library's rule for exactly this class, if it has one."""
+    return _RULES.get(module_type) or _NAMED.get((module_type.__module__, module_type.__qualname__))
+
+
+def set_rule(module_type: type[nn.Module], rule: Rule | None) -> None:
+    """Register a user's rule for a class, or with None take it away."""
+    if rule is None:
+        _REGISTERED.pop(module_type, None)
+    else:
+        _REGISTERED[module_type] = rule
+
+
 def find_rule(module: nn.Module) -> Rule | None:
     """The rule for a module, or None when only the generic rule can answer.
 
@@ -85,9 +105,10 @@ def find_rule(module: nn.Module) -> Rule | None:
     if "forward" in vars(module):
         return None
     for base in type(module).__mro__:
-        rule = _RULES.get(base) or _NAMED.get((base.__module__, base.__qualname__))
+        rule = registered(base) or built_in(base)
         if rule is not None:
             known = module.forward.__func__ is base.forward  # type: ignore[attr-defined]
             own = {name for name, p in module._parameters.items() if p is not None}
-            return rule if known and own <= rule.parameters else None
+            covered = rule.parameters is None or own <= rule.parameters
+            return rule if known and covered else None
     return None

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ghostgrad.errors import PrivacyError
+from ghostgrad.recording.scalers import is_scaled
 
 _MEAN, _SUM = 1, 2
 """`at::Reduction` in the saved attributes of torch's loss nodes."""
@@ -181,12 +182,14 @@ class _Reader:
         children = [child for child, _ in node.next_functions if child is not None]
         if len(children) > 1:
             raise _NotUnderstood("a product")
+        if is_scaled(node):
+            return self.terms(children[0], factor)
         constant = node._saved_other if node._saved_other is not None else node._saved_self
         if isinstance(constant, Tensor) and not is_python_number(constant):
             raise PrivacyError(
                 "the loss, one number by then, is multiplied by a tensor. If it was counted in the batch (1 / number of "
                 "tokens), one record rescales all others: weigh within each record, then take the mean; give a constant as a "
-                "Python number. If it is the scale of a GradScaler, leave the scaler out: norms are taken in float32."
+                "Python number. The scale of a GradScaler is known by its own method: scaler.scale(loss)."
             )
         return self.terms(children[0], scale.times(float(constant)))
 
@@ -302,7 +305,7 @@ def _check_divisor(node: Any) -> None:
     name = node.name()
     if name.startswith("NllLoss") and node._saved_reduction == _MEAN:
         _check_cross_entropy(node)
-    if name == "MulBackward0" and node._input_metadata[0].shape:
+    if name == "MulBackward0" and node._input_metadata[0].shape and not is_scaled(node):
         for constant in (node._saved_self, node._saved_other):
             if constant is not None and constant.numel() == 1 and not constant.requires_grad:
                 _refuse_unless_number(constant)

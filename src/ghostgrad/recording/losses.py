@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ghostgrad.errors import PrivacyError
 from ghostgrad.recording import loss_terms, separable
+from ghostgrad.recording.scalers import scale_in, scalers
 
 _MOST_NODES = 10_000
 """Further nodes are not looked at: behind so many there is another network, not a loss."""
@@ -34,6 +35,7 @@ class LossKnowledge:
         separable: whether the gradient of a record's outputs was shown not to depend on other records' outputs.
         weights: what the terms of the loss are multiplied by, as first seen; None before.
         shown: what the terms inside the criterion were multiplied by when it was last taken apart on values.
+        scale: what a GradScaler multiplied the losses of the backward under way by; 1 without one.
     """
 
     reduction: str
@@ -41,6 +43,7 @@ class LossKnowledge:
     separable: bool = False
     weights: list[float] | None = None
     shown: list[float] | None = None
+    scale: float = 1.0
 
 
 class _Watch:
@@ -56,11 +59,14 @@ class _Watch:
         if not self._users:
             self.original = torch.autograd.backward
             torch.autograd.backward = self._wrapper()
+            scalers.start()
         self._users += 1
 
     def stop(self) -> None:
         """One less; the last one takes the wrapper off."""
         self._users -= 1
+        if not self._users:
+            scalers.stop()
         if not self._users and getattr(torch.autograd.backward, "__wrapped__", None) is self.original:
             torch.autograd.backward = self.original
 
@@ -89,22 +95,25 @@ def check_losses(losses: Sequence[Tensor], *, only_some_inputs: bool = False) ->
         PrivacyError: for a loss that is not a scalar, is not a mean (or the declared sum) over the records with constant
             weights, or compares records.
     """
-    for loss in losses:
-        nodes = list(_nodes(loss))
+    graphs = [list(_nodes(loss)) for loss in losses]
+    scale = scale_in(node for nodes in graphs for node in nodes)
+    for loss, nodes in zip(losses, graphs, strict=True):
         boundaries = [node for node in nodes if node.name() == _BOUNDARY]
-        nodes = _leading_to(boundaries, nodes)
         if not boundaries:
             continue
+        leading = _leading_to(boundaries, nodes)
         if only_some_inputs:
             raise PrivacyError(
                 "backward(inputs=...) would not reach the parameters of the private model. Leave inputs out; for gradients of "
                 "the model's inputs use torch.autograd.grad."
             )
         _check_scalar(loss)
+        for boundary in boundaries:
+            boundary.knowledge.scale = scale
         tape, knowledge = boundaries[0].tape, boundaries[0].knowledge
         if tape.n < 2:
             continue  # a record by itself rescales nobody, and its own mean and sum cannot be told apart
-        loss_terms.check(loss.grad_fn, nodes, tape.n, knowledge)
+        loss_terms.check(loss.grad_fn, leading, tape.n, knowledge)
         if not knowledge.separable:
             separable.check(loss, boundaries)
             knowledge.separable = True

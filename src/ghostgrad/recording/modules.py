@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from ghostgrad.errors import PrivacyError, UnsupportedModuleError
@@ -149,7 +150,10 @@ class Modules:
         if signature not in self.proved or rule.shuffled(inputs):
             tape.unproved.add(signature)
             copies = tuple(out.detach().clone() for out in outs)
-        tape.calls.update(parameters.values())
+        if not tape.done:
+            # While the backward runs, a checkpointed part is run once more: the same call, counted already.
+            tape.calls.update(parameters.values())
+        precision = _autocast(outs[0].device.type)
 
         def fired(kept: Callable[[], tuple[Tensor, ...]], grads: tuple[Tensor | None, ...]) -> None:
             if self.tape is not tape:
@@ -158,7 +162,8 @@ class Modules:
                     f"that a module kept, such as an auxiliary loss). Return that value from the root's forward."
                 )
             args, kwargs = rebuild(kept())
-            self.fired(tape, rule, Call(module, shown, parameters, args, kwargs, grads, copies, rows, randomness))
+            call = Call(module, shown, parameters, args, kwargs, grads, copies, rows, randomness, precision)
+            self.fired(tape, rule, call)
 
         return Probe.apply(fired, keep, len(outs), *outs, *parameters.values())  # type: ignore[no-untyped-call]
 
@@ -184,3 +189,10 @@ def _places(rows: Rows, inputs: Sequence[Tensor], outs: Sequence[Tensor]) -> Ite
         for i, tensor in enumerate(found):
             dim = find(i, tensor)
             yield tensor.dim(), dim, dim is not None and tensor.shape[dim] == rows.n
+
+
+def _autocast(device: str) -> torch.autocast | None:
+    """The mixed precision that is on now, to be entered again; without its cache, which outlives no forward."""
+    if not torch.is_autocast_enabled(device):
+        return None
+    return torch.autocast(device, torch.get_autocast_dtype(device), cache_enabled=False)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -87,7 +88,7 @@ def check_forward(root: nn.Module, args: Any, kwargs: Any, n: int, *, batch_firs
     batch = (args, kwargs)
     rest = without_first(batch, n, batch_first=batch_first)
     for training in (True, False):
-        with torch.no_grad(), torch.random.fork_rng(), _mode(root, training=training), _NoDraws():
+        with torch.no_grad(), torch.random.fork_rng(), _mode(root, training=training), NoDraws():
             try:
                 whole, again = _forward(root, batch, seed=0), _forward(root, batch, seed=1)
                 if any(
@@ -102,12 +103,21 @@ def check_forward(root: nn.Module, args: Any, kwargs: Any, n: int, *, batch_firs
         _compare_buffers(rows.path, whole[1], without[1])
 
 
+@contextmanager
+def no_gradients() -> Iterator[None]:
+    """For a forward that wants none, without the warning of re-entrant checkpointing that it misses them."""
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="None of the inputs have requires_grad")
+        yield
+
+
 def _forward(root: nn.Module, batch: Any, *, seed: int) -> tuple[list[Tensor], dict[str, Tensor]]:
     """Floating-point outputs, and the buffers as the forward left them."""
     torch.manual_seed(seed)
     args, kwargs = map_tensors(lambda t: t.detach().clone(), batch)
     buffers = {name: buffer.clone() for name, buffer in root.named_buffers()}
-    outputs = tensors(functional_call(root, buffers, args, kwargs))
+    with no_gradients():
+        outputs = tensors(functional_call(root, buffers, args, kwargs))
     return [t for t in outputs if t.is_floating_point()], buffers
 
 
@@ -142,7 +152,7 @@ def _close(before: Tensor, after: Tensor) -> bool:
     return bool(gap <= _TOLERANCE.get(before.dtype, 1e-3) * before[finite].abs().max())
 
 
-class _NoDraws(TorchFunctionMode):
+class NoDraws(TorchFunctionMode):
     """Leaves dropout out wherever it is called, so that the rest of a forward can be compared."""
 
     _DROPOUTS = frozenset(

@@ -16,7 +16,7 @@ from ghostgrad.errors import PrivacyError, UnsupportedModuleError
 from ghostgrad.gradients import Use
 from ghostgrad.layers import Call, Rows, Rule
 from ghostgrad.recording import proofs
-from ghostgrad.recording.hooks import Hook
+from ghostgrad.recording.hooks import Hook, calls_under_way, compile_again, leave_uncompiled
 from ghostgrad.recording.losses import LossKnowledge, watch
 from ghostgrad.recording.modules import Modules
 from ghostgrad.recording.probe import Boundary
@@ -49,8 +49,11 @@ class Sink(Protocol):
     def measure(self, parameter: nn.Parameter, use: Use, *, complete: bool) -> str:
         """Take note of a use; ``complete`` says that no other use of the weight can follow. Returns the route."""
 
-    def settle(self, n: int) -> None:
-        """All uses are known: work out the factors, and with one pass the sums."""
+    def settle(self, n: int, unit: float) -> None:
+        """All uses are known: work out the factors, and with one pass the sums.
+
+        A record's gradient is ``unit`` times what was measured.
+        """
 
     def add(self, parameter: nn.Parameter, use: Use) -> None:
         """Second pass: add a use, weighted by the factors."""
@@ -109,7 +112,8 @@ class Recorder:
         self._round: list[Recording] = []
         self._live: weakref.WeakSet[Tape] = weakref.WeakSet()
         self._round_task = -1
-        self._outer: list[Tape | None] = []
+        self._outer: list[tuple[Tape | None, bool]] = []
+        """For each call of the root under way: the tape outside of it, and whether compiled code was left out."""
         self._handles: list[Any] = []
 
     # ------------------------------------------------------------------ attaching
@@ -130,13 +134,18 @@ class Recorder:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
+        if self._outer:  # interrupted
+            compile_again(self._outer[0][1])
+            self._outer.clear()
 
     # ------------------------------------------------------------------ the root's forward
 
     def _enter_root(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
         modules = self.modules
-        self._outer.append(modules.tape)
-        if modules.is_paused or not module.training or not torch.is_grad_enabled() or len(self._outer) > 1:
+        self._forget_interrupted()
+        recorded = not modules.is_paused and module.training and torch.is_grad_enabled() and not self._outer
+        self._outer.append((modules.tape, leave_uncompiled(recorded)))
+        if not recorded:
             return None
         modules.restore()
         check_batch_norms(module)
@@ -152,6 +161,14 @@ class Recorder:
         modules.tape = tape
         return self._stand_in(tape, args, kwargs)
 
+    def _forget_interrupted(self) -> None:
+        """An interrupt (Ctrl-C) skips the hooks that an error does not: calls that are over would count as under way."""
+        still = calls_under_way(self.root) - 1
+        if len(self._outer) > still >= 0:
+            self.modules.tape, compiling = self._outer[still]
+            compile_again(compiling)
+            del self._outer[still:]
+
     def _rehearse(self, args: Any, kwargs: Any, n: int) -> None:
         """On the first batch: prove that records do not meet, and find how the modules' calls are to be read."""
         self._check_foreign_gradients()
@@ -159,8 +176,8 @@ class Recorder:
             if n > 1:
                 with self.modules.paused():
                     proofs.check_forward(self.root, args, kwargs, n, batch_first=self.batch_first)
-            Rehearsal(self.modules).run(args, kwargs, n)
-        self._rehearsed = n > 1  # a batch of one record cannot show where the records are
+            done = Rehearsal(self.modules).run(args, kwargs, n)
+        self._rehearsed = done and n > 1  # a batch of one record cannot show where the records are
 
     @staticmethod
     def _stand_in(tape: Tape, args: Any, kwargs: Any) -> Any:
@@ -175,7 +192,11 @@ class Recorder:
         return rebuild(leaves)
 
     def _leave_root(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
-        tape, self.modules.tape = self.modules.tape, self._outer.pop()
+        if len(self._outer) < calls_under_way(module):
+            return None  # a hook of the user's raised before the call was entered
+        tape = self.modules.tape
+        self.modules.tape, uncompiled = self._outer.pop()
+        compile_again(uncompiled)
         if tape is None or tape is self.modules.tape or output is None:
             return None
         if tape.n == 0:
@@ -260,8 +281,16 @@ class Recorder:
             Variable._execution_engine.queue_callback(self._finish)
         self._round.append(recording)
 
+    def _unit(self, tape: Tape) -> float:
+        """What an arriving gradient is to be multiplied by, to be the gradient of each record's own loss."""
+        return (tape.n if self.loss_reduction == "mean" else 1.0) / self.losses.scale
+
     def _scale(self, tape: Tape) -> float:
-        return float(tape.n) if self.loss_reduction == "mean" else 1.0
+        """The part of it that the arriving gradients are multiplied by.
+
+        Under a GradScaler none of it: the model's float16 gradients then are what the scale was made for.
+        """
+        return self._unit(tape) if self.losses.scale == 1.0 else 1.0
 
     def _measure(self, recording: Recording, grads: tuple[Tensor | None, ...]) -> None:
         tape = recording.tape
@@ -288,9 +317,11 @@ class Recorder:
         arrived = [(out, grad) for out, grad in zip(recording.outputs, grads, strict=True) if grad is not None]
         modules = self.modules
         outer, modules.tape, self._phase = modules.tape, recording.tape, phase
+        compiling = leave_uncompiled(True)  # checkpointed parts are run again
         try:
             watch.original([out for out, _ in arrived], [grad for _, grad in arrived], retain_graph=retain)
         finally:
+            compile_again(compiling)
             modules.tape, self._phase = outer, Phase.MEASURE
 
     def _finish(self) -> None:
@@ -302,7 +333,7 @@ class Recorder:
             self.sink.admit(tapes)
             check_same_records(tapes)
             if tapes[0].n:
-                self.sink.settle(tapes[0].n)
+                self.sink.settle(tapes[0].n, self._unit(tapes[0]) / self._scale(tapes[0]))
                 if self.sink.two_passes:
                     for recording in recordings:
                         self._run(recording, Phase.SUM, recording.grads, retain=False)

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.func import functional_call
 
-from ghostgrad.errors import GhostgradError, PrivacyError
+from ghostgrad.errors import ConfigurationError, GhostgradError, PrivacyError
 from ghostgrad.layers import Call, Rows, Rule
 from ghostgrad.recording import proofs
 from ghostgrad.recording.losses import watch
@@ -53,8 +53,12 @@ class Rehearsal:
         self._new_holders: set[str] = set()
         """Modules that came to answer for others after the last attempt, and had no chance to yet."""
 
-    def run(self, args: Any, kwargs: Any, n: int) -> None:
+    def run(self, args: Any, kwargs: Any, n: int) -> bool:
         """Change the plan of the modules until nothing fails.
+
+        Returns:
+            Whether it came to an end. The model may fail by itself (out of memory, an interrupted loop): its own forward
+            will say so, and the next batch is to be rehearsed again.
 
         Raises:
             GhostgradError: what failed first, where no reading of the module or of any above it holds; the plan is as before.
@@ -62,14 +66,14 @@ class Rehearsal:
         before, fired = self._modules.plan, self._modules.fired
         self._modules.plan, self._modules.fired = before.copy(), self._fired
         try:
-            self._search((args, kwargs), n)
+            return self._search((args, kwargs), n)
         except GhostgradError:
             self._modules.plan = before
             raise
         finally:
             self._modules.fired = fired
 
-    def _search(self, batch: Any, n: int) -> None:
+    def _search(self, batch: Any, n: int) -> bool:
         plain: list[Tensor] | None = None
         for _ in range(_MOST_ATTEMPTS):
             try:
@@ -78,13 +82,13 @@ class Rehearsal:
                 raise
             except Exception:
                 if not self._give_up_expanding():
-                    return  # the model fails by itself: its own forward will say so
+                    return False
                 continue
             plain = outputs if plain is None else plain
             if self._problems:
                 self._treat_all(unchanged=_same(plain, outputs))
             elif _same(plain, outputs) or not self._give_up_expanding():
-                return
+                return True
         raise next(iter(self._first.values()))
 
     # ------------------------------------------------------------------ one attempt
@@ -163,6 +167,8 @@ class Rehearsal:
             else:
                 with self._modules.paused():
                     rule.uses(call)
+        except ConfigurationError:
+            raise  # a registered rule that does not do what it owes: no other reading helps
         except GhostgradError as error:
             self._problems.append(_Problem(path, error))
 

@@ -11,8 +11,10 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
 from torch.nn.utils.parametrize import is_parametrized
+from torch.optim import Optimizer
 
 from ghostgrad.validation.checks import describe, mixes_records
+from ghostgrad.validation.optimizers import remap_optimizer
 
 _MOST_GROUPS = 32
 """The default number of groups of Wu and He (2018), Group Normalization, section 4.1."""
@@ -47,7 +49,7 @@ class Fixed:
     changes: list[Change]
 
 
-def fix(module: nn.Module) -> Fixed:
+def fix(module: nn.Module, optimizer: Optimizer | None = None) -> Fixed:
     """A copy of ``module`` in which layers that mix records, as they are set now, are replaced.
 
     * BatchNorm1d/2d/3d and SyncBatchNorm, in train mode or without running statistics, become GroupNorm. It has the
@@ -61,7 +63,12 @@ def fix(module: nn.Module) -> Fixed:
     that is seen to be a BatchNorm followed by its sub-modules (an activation, dropout) becomes GroupNorm followed by these;
     any other is left alone, because what else it computes would be lost, and the validator reports it.
 
+    An ``optimizer`` that was built for the given module is moved to the copy (`remap_optimizer`): groups, options and state stay.
+
     GroupNorm computes something else than BatchNorm: expect to fine-tune a pre-trained model after this.
+
+    Raises:
+        ConfigurationError: the optimizer holds other parameters than the module's; nothing was changed.
 
     >>> model = nn.Sequential(nn.Conv2d(3, 16, 3), nn.BatchNorm2d(16), nn.ReLU())
     >>> print(*fix(model).changes)
@@ -79,7 +86,10 @@ def fix(module: nn.Module) -> Fixed:
         for name, child in list(parent._modules.items()):
             if child in replaced:
                 setattr(parent, name, replaced[child])
-    return Fixed(replaced.get(clone, clone), changes)
+    fixed = Fixed(replaced.get(clone, clone), changes)
+    if optimizer is not None:
+        remap_optimizer(optimizer, module, fixed.module)
+    return fixed
 
 
 def _described(new: nn.Module) -> str:

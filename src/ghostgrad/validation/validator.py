@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NoReturn
+from typing import Literal, NoReturn, overload
 
 from torch import nn
 from torch.optim import Optimizer
@@ -10,7 +10,7 @@ from torch.optim import Optimizer
 from ghostgrad.errors import UnsupportedModuleError
 from ghostgrad.validation.checks import faults
 from ghostgrad.validation.faults import ModuleFault
-from ghostgrad.validation.fixes import Change, fix
+from ghostgrad.validation.fixes import Change, Fixed, fix
 from ghostgrad.validation.optimizers import remap_optimizer
 
 
@@ -52,27 +52,48 @@ class ModuleValidator:
         """
         return not faults(module)
 
+    @overload
     @classmethod
-    def fix(cls, module: nn.Module) -> nn.Module:
+    def fix(
+        cls, module: nn.Module, *, optimizer: Optimizer | None = None, with_changes: Literal[False] = False
+    ) -> nn.Module: ...
+    @overload
+    @classmethod
+    def fix(cls, module: nn.Module, *, optimizer: Optimizer | None = None, with_changes: Literal[True]) -> Fixed: ...
+    @classmethod
+    def fix(
+        cls, module: nn.Module, *, optimizer: Optimizer | None = None, with_changes: bool = False
+    ) -> nn.Module | Fixed:
         """A copy of ``module`` with the layers that mix records replaced, see `ghostgrad.validation.fix`.
 
-        The copy has parameters of its own: build the optimizer after this, or move one that exists with
-        `remap_optimizer`. `changes` says what is different.
+        The copy has parameters of its own: build the optimizer after this, or give one that exists.
 
-        >>> ModuleValidator.fix(nn.Sequential(nn.Linear(2, 8), nn.BatchNorm1d(8)))[1].num_groups
-        1
+        Args:
+            module: not touched.
+            optimizer: built for ``module``; moved to the copy, with its groups and state.
+            with_changes: return a `Fixed`, with ``module`` and the list of ``changes``. Default False.
+
+        Raises:
+            ConfigurationError: the optimizer holds other parameters than the module's; nothing was changed.
+
+        >>> fixed = ModuleValidator.fix(nn.Sequential(nn.Linear(2, 8), nn.BatchNorm1d(8)), with_changes=True)
+        >>> print(fixed.module[1].num_groups, *fixed.changes)
+        1 1: BatchNorm1d(8) -> GroupNorm(1, 8)
         """
-        return fix(module).module
+        fixed = fix(module, optimizer)
+        return fixed if with_changes else fixed.module
 
     @classmethod
-    def fix_and_validate(cls, module: nn.Module) -> nn.Module:
-        """`fix`, then `validate` strictly.
+    def fix_and_validate(cls, module: nn.Module, *, optimizer: Optimizer | None = None) -> nn.Module:
+        """`fix`, then `validate` strictly; an ``optimizer`` is moved when that passed.
 
         Raises:
             UnsupportedModuleError: for faults that have no standard replacement.
         """
-        fixed = cls.fix(module)
+        fixed = fix(module).module
         cls.validate(fixed, strict=True)
+        if optimizer is not None:
+            remap_optimizer(optimizer, module, fixed)
         return fixed
 
     @classmethod
