@@ -65,7 +65,8 @@ class DPOptimizer(Optimizer):
         self.bound_schedule = bound_schedule
         self.steps = 0
         """Logical steps made."""
-        self._noise_step = 0  # moves before the noise is drawn: an interrupted step must not repeat its noise
+        self.noise_step = 0
+        """Address of the last noise. Moves before it is drawn: an interrupted or resumed step must not repeat it."""
         self._released = False
         self._written: dict[nn.Parameter, Tensor] = {}
         self._inner_step = optimizer.step
@@ -192,7 +193,7 @@ class DPOptimizer(Optimizer):
         for sigma, rate, steps in releases:
             self.accountant.step(noise_multiplier=sigma, sample_rate=rate, steps=steps)
         self.spending.note(noise_multiplier, epochs)
-        self._noise_step += 1
+        self.noise_step += 1
         size = self.expected_batch_size * max(1, draws)
         self._write_gradients(noise_multiplier, size)
         self._update_clip_function(noise_multiplier, size)
@@ -209,13 +210,13 @@ class DPOptimizer(Optimizer):
             if not p.requires_grad:
                 continue
             total = self.total.take(p)
-            self.noise.add_(total, std=std, step=self._noise_step, index=index)
+            self.noise.add_(total, std=std, step=self.noise_step, index=index)
             p.grad = _towards_zero(total.div_(divisor), p.dtype)
             self._written[p] = p.grad
 
     def _update_clip_function(self, noise_multiplier: float, size: float) -> None:
         noise = torch.zeros(1, dtype=torch.float64)
-        self.noise.add_(noise, std=1.0, step=self._noise_step, index=_OWN_RELEASE)
+        self.noise.add_(noise, std=1.0, step=self.noise_step, index=_OWN_RELEASE)
         self.clip_function.update(
             statistic=self.total.statistic,
             expected_batch_size=size,
