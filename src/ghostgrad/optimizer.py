@@ -25,7 +25,8 @@ class DPOptimizer(Optimizer):
     """Makes the user's optimizer step on ``(clipped sum + noise) / expected_batch_size``.
 
     `param_groups`, `state` and `defaults` are those of the original, so learning-rate schedulers and checkpoints work on
-    either; hooks registered on this optimizer run around its steps. The original's own ``step`` raises while it is private.
+    either; hooks registered on this optimizer run around its logical steps. The original's own ``step`` raises while it is
+    private.
 
     One logical `step()` releases the sum of the clipped gradients of one logical batch plus independent Gaussian noise of
     standard deviation ``noise_multiplier * max_grad_norm`` for *every* trainable parameter, also one that got no gradient,
@@ -181,8 +182,13 @@ class DPOptimizer(Optimizer):
             self._release()
         return loss
 
+    # Hooks that are registered on this optimizer run around what is a step: not around the physical pieces of one.
+    step.hooked = True  # type: ignore[attr-defined]
+
+    @Optimizer.profile_hook_step
     @torch.no_grad()
     def _release(self) -> None:
+        self._refuse_foreign_gradients()  # a hook may have put some there
         self._refuse_unrecorded()
         noise_multiplier = value_at(self.noise_multiplier, self.steps, "noise_multiplier")
         draws, epochs = len(self.total.logical_batches), set(self.total.epochs)
