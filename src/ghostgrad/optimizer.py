@@ -27,7 +27,8 @@ class DPOptimizer(Optimizer):
     """Makes the user's optimizer step on ``(clipped sum + noise) / expected_batch_size``.
 
     `param_groups`, `state` and `defaults` are those of the original, so learning-rate schedulers and checkpoints work on
-    either; hooks registered on this optimizer run around its steps. The original's own ``step`` raises while it is private.
+    either; hooks registered on this optimizer run around its logical steps. The original's own ``step`` raises while it is
+    private.
 
     One logical `step()` releases the sum of the clipped gradients of one logical batch plus independent Gaussian noise of
     standard deviation ``noise_multiplier * max_grad_norm`` for *every* trainable parameter, also one that got no gradient,
@@ -69,7 +70,8 @@ class DPOptimizer(Optimizer):
         self.topology = topology or Alone()
         self.steps = 0
         """Logical steps made."""
-        self._noise_step = 0  # moves before the noise is drawn: an interrupted step must not repeat its noise
+        self.noise_step = 0
+        """Address of the last noise. Moves before it is drawn: an interrupted or resumed step must not repeat it."""
         self._released = False
         self._written: dict[nn.Parameter, Tensor] = {}
         self._inner_step = optimizer.step
@@ -195,8 +197,13 @@ class DPOptimizer(Optimizer):
             self._release()
         return loss
 
+    # Hooks that are registered on this optimizer run around what is a step: not around the physical pieces of one.
+    step.hooked = True  # type: ignore[attr-defined]
+
+    @Optimizer.profile_hook_step
     @torch.no_grad()
     def _release(self) -> None:
+        self._refuse_foreign_gradients()  # a hook may have put some there
         self._refuse_unrecorded()
         noise_multiplier = value_at(self.noise_multiplier, self.steps, "noise_multiplier")
         draws, statistic = self._over_ranks()
@@ -208,7 +215,7 @@ class DPOptimizer(Optimizer):
         for sigma, rate, steps in releases:
             self.accountant.step(noise_multiplier=sigma, sample_rate=rate, steps=steps)
         self.spending.note(noise_multiplier, epochs)
-        self._noise_step += 1
+        self.noise_step += 1
         size = self.expected_batch_size * max(1, draws)
         self._write_gradients(noise_multiplier, size)
         self._update_clip_function(noise_multiplier, size, statistic)
@@ -233,13 +240,13 @@ class DPOptimizer(Optimizer):
             if not p.requires_grad:
                 continue
             total = sums.pop(index)
-            self.noise.add_(total, std=std, step=self._noise_step, index=index)
+            self.noise.add_(total, std=std, step=self.noise_step, index=index)
             p.grad = _towards_zero(total.div_(divisor), p.dtype)
             self._written[p] = p.grad
 
     def _update_clip_function(self, noise_multiplier: float, size: float, statistic: float) -> None:
         noise = torch.zeros(1, dtype=torch.float64)
-        self.noise.add_(noise, std=1.0, step=self._noise_step, index=_OWN_RELEASE)
+        self.noise.add_(noise, std=1.0, step=self.noise_step, index=_OWN_RELEASE)
         self.clip_function.update(
             statistic=statistic,
             expected_batch_size=size,

@@ -1,13 +1,13 @@
-"""Lets transformers import beside a torch for which torchvision's compiled operators do not load."""
+"""Makes the tiny trainers importable by name, and lets transformers import where torchvision's operators do not load."""
 
 from __future__ import annotations
 
 import sys
 from pathlib import Path
 
-_BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
-if str(_BENCHMARKS) not in sys.path:
-    sys.path.insert(0, str(_BENCHMARKS))
+for _folder in (Path(__file__).parents[2] / "benchmarks", Path(__file__).parent):
+    if str(_folder) not in sys.path:
+        sys.path.insert(0, str(_folder))
 
 from architectures.architecture import declare_torchvision_operators  # noqa: E402
 

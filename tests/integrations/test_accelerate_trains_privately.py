@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import copy
+import multiprocessing
+import os
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -103,6 +106,72 @@ def test_logical_batches_of_several_parts_step_when_they_are_complete() -> None:
         optimizer.step()
         optimizer.zero_grad()
     assert engine.steps == 2
+
+
+def test_preparing_a_private_loader_leaves_it_as_it_is() -> None:
+    engine, model, optimizer, loader = private(noise_multiplier=0.0)
+    accelerator = accelerate.Accelerator(cpu=True)
+    model, wrapped, same = accelerator.prepare(model, optimizer, loader)
+    assert same is loader
+    assert accelerator.prepare(same) is loader
+    for x, y in same:
+        before = copy.deepcopy(model)
+        wrapped.zero_grad()
+        accelerator.backward(F.cross_entropy(model(x), y))
+        wrapped.step()
+        for old, new, step in zip(
+            before.parameters(), model.parameters(), textbook_update(before, x, y, 8.0), strict=True
+        ):
+            assert torch.allclose((old - new) / 0.5, step, atol=1e-6)
+    assert engine.steps == 6
+
+
+def test_objects_that_were_prepared_can_be_prepared_again() -> None:
+    engine, *objects = private()
+    accelerator = accelerate.Accelerator(cpu=True)
+    model, optimizer, loader = prepare(accelerator, *prepare(accelerator, *objects))
+    for x, y in loader:
+        accelerator.backward(F.cross_entropy(model(x), y))
+        accelerator.clip_grad_norm_(model.parameters(), 1e-3)
+        optimizer.step()
+        optimizer.zero_grad()
+    assert engine.steps == 6
+
+
+def _on_two_ranks(rank: int, folder: str) -> None:
+    engine, *objects = private()
+    os.environ.update(
+        RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", LOCAL_WORLD_SIZE="2", MASTER_ADDR="127.0.0.1"
+    )
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
+    accelerator = accelerate.Accelerator(cpu=True)
+    assert accelerator.num_processes == 2
+    for hand_over in (lambda: accelerator.prepare(objects[2]), lambda: prepare(accelerator, *objects)):
+        with pytest.raises(ConfigurationError, match=r"2 processes|num_processes=2"):
+            hand_over()
+    with pytest.raises(ConfigurationError, match="2 ranks"):
+        private()
+    assert engine.steps == 0
+    (Path(folder) / f"refused on {rank}").touch()
+    torch.distributed.destroy_process_group()
+
+
+def test_two_ranks_are_refused_whenever_they_come(tmp_path: Path) -> None:
+    context = multiprocessing.get_context("fork")
+    ranks = [context.Process(target=_on_two_ranks, args=(rank, str(tmp_path))) for rank in (0, 1)]
+    for rank in ranks:
+        rank.start()
+    for rank in ranks:
+        rank.join(120)
+    assert {path.name for path in tmp_path.glob("refused*")} == {"refused on 0", "refused on 1"}
+
+
+def test_loss_scaling_is_refused() -> None:
+    _, *objects = private()
+    accelerator = accelerate.Accelerator(cpu=True)
+    accelerator.state._mixed_precision = "fp16"
+    with pytest.raises(ConfigurationError, match="bf16"):
+        prepare(accelerator, *objects)
 
 
 def test_accumulation_that_divides_the_loss_is_refused() -> None:

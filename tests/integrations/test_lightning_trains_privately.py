@@ -141,6 +141,46 @@ def test_resuming_goes_on_with_what_was_spent(tmp_path: Path) -> None:
     assert resumed.engine.accountant.history == whole.engine.accountant.history
 
 
+class KeepsOne(lightning.Callback):
+    """Saves the training once, after a step in the middle of a pass."""
+
+    def __init__(self, path: str, step: int) -> None:
+        self.path, self.step = path, step
+
+    def on_train_batch_end(self, trainer: Any, *rest: Any) -> None:
+        if trainer.global_step == self.step:
+            trainer.save_checkpoint(self.path)
+
+
+@pytest.mark.parametrize("step", [3, 6, 8])
+def test_a_seeded_run_ends_where_the_uninterrupted_one_does(tmp_path: Path, step: int) -> None:
+    """Passes have 6 steps: interrupted within the first, at its end, and within the second."""
+    plan = PrivacyPlan(1e-3, noise_multiplier=1.0, seed=1)
+    path = str(tmp_path / "some.ckpt")
+    data, modules, callbacks = loader(), [], []
+    for checkpoint in (None, path):
+        torch.manual_seed(1)
+        modules.append(Classifier())
+        callbacks.append(DPCallback(plan, max_grad_norm=1.0))
+        trainer = lightning.Trainer(
+            default_root_dir=tmp_path, accelerator="cpu", callbacks=[callbacks[-1], KeepsOne(path, step)], logger=False,
+            enable_progress_bar=False, enable_model_summary=False, enable_checkpointing=False, max_epochs=3,
+        )  # fmt: skip
+        trainer.fit(modules[-1], data, ckpt_path=checkpoint)
+        path = path if checkpoint is None else ""
+    for whole, resumed in zip(modules[0].parameters(), modules[1].parameters(), strict=True):
+        assert torch.equal(whole, resumed)
+    assert callbacks[1].engine.accountant.history == callbacks[0].engine.accountant.history == [(1.0, 8 / 48, 18)]
+    assert callbacks[1].engine.steps == 18
+
+
+def test_a_second_fit_goes_on_spending(tmp_path: Path) -> None:
+    module, callback = Classifier(), DPCallback(PrivacyPlan(1e-3, noise_multiplier=1.0), max_grad_norm=1.0)
+    fit(tmp_path, module, callback)
+    fit(tmp_path, module, callback)
+    assert len(callback.engine.accountant) == callback.engine.steps == 12
+
+
 def test_manual_optimization_is_private_too(tmp_path: Path) -> None:
     class Manual(Classifier):
         def __init__(self) -> None:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import copy
-import json
 import logging
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,19 +9,26 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 transformers = pytest.importorskip("transformers")
 
-from ghostgrad.errors import ConfigurationError, PrivacyError  # noqa: E402
+from tiny_trainers import (  # noqa: E402
+    arguments,
+    assert_a_step_is_the_textbook_step,
+    bert,
+    gpt2,
+    language,
+    sentences,
+    trainer,
+)
+
+from ghostgrad.errors import ConfigurationError  # noqa: E402
 from ghostgrad.integrations.plan import PrivacyPlan  # noqa: E402
 from ghostgrad.integrations.record_losses import record_losses  # noqa: E402
 from ghostgrad.integrations.transformers import DPTrainer  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # what transformers warns about
-
-SMALL = {"vocab_size": 31, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
-TEXTS = 40
 
 
 @pytest.fixture(autouse=True)
@@ -34,97 +39,58 @@ def _quiet() -> Iterator[None]:
     logging.disable(logging.NOTSET)
 
 
-def gpt2() -> nn.Module:
-    config = transformers.GPT2Config(
-        **SMALL, n_embd=16, n_layer=2, n_head=2, n_positions=16, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0
-    )
-    return transformers.GPT2LMHeadModel(config)
-
-
-def bert() -> nn.Module:
-    config = transformers.BertConfig(
-        **SMALL, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=24,
-        max_position_embeddings=16, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0, num_labels=2,
-    )  # fmt: skip
-    return transformers.BertForSequenceClassification(config)
-
-
-def language() -> list[dict[str, Tensor]]:
-    """Texts with paddings of different lengths, whose labels are not counted."""
-    items = []
-    for i in range(TEXTS):
-        ids = torch.randint(3, 31, (8,))
-        mask = torch.ones(8, dtype=torch.long)
-        mask[8 - i % 4 :] = 0
-        items.append({"input_ids": ids, "attention_mask": mask, "labels": ids.masked_fill(mask == 0, -100)})
-    return items
-
-
-def sentences() -> list[dict[str, Any]]:
-    items = []
-    for i in range(TEXTS):
-        ids = torch.randint(3, 31, (6,))
-        ids[0] = 3 + i % 2
-        items.append({"input_ids": ids, "attention_mask": torch.ones(6, dtype=torch.long), "labels": i % 2})
-    return items
-
-
-def arguments(folder: Path, **changed: Any) -> Any:
-    options = {
-        "output_dir": str(folder), "per_device_train_batch_size": 4, "max_steps": 3, "logging_steps": 1, "report_to": [],
-        "save_strategy": "no", "learning_rate": 0.1, "use_cpu": True, "optim": "sgd", "disable_tqdm": True, "weight_decay": 0.0,
-        "lr_scheduler_type": "constant", "max_grad_norm": 0.5,
-    }  # fmt: skip
-    return transformers.TrainingArguments(**{**options, **changed})
-
-
-def trainer(folder: Path, model: nn.Module, data: Any, privacy: PrivacyPlan | None = None, **changed: Any) -> DPTrainer:
-    plan = privacy or PrivacyPlan(target_delta=1e-3, noise_multiplier=0.0, seed=3)
-    return DPTrainer(model, arguments(folder, **changed), privacy=plan, train_dataset=data)
-
-
-def textbook_update(
-    model: nn.Module, batch: dict[str, Tensor], bound: float, size: float, *, shift: bool
-) -> dict[str, Tensor]:
-    """Sum of the clipped gradients of single records, divided by the expected batch size."""
-    total = {name: torch.zeros_like(p) for name, p in model.named_parameters() if p.requires_grad}
-    for i in range(len(batch["labels"])):
-        alone = copy.deepcopy(model)
-        record = {name: value[i : i + 1] for name, value in batch.items()}
-        labels = record.pop("labels")
-        record_losses(alone(**record).logits, labels, shift=shift).sum().backward()
-        grads = {name: p.grad for name, p in alone.named_parameters() if p.requires_grad}
-        norm = sum(float(g.square().sum()) for g in grads.values()) ** 0.5
-        for name, g in grads.items():
-            total[name] += g * min(1.0, bound / norm)
-    return {name: g / size for name, g in total.items()}
-
-
 @pytest.mark.parametrize("parts", [1, 3])
 @pytest.mark.parametrize(("build", "data", "shift"), [(gpt2, language, True), (bert, sentences, False)])
 def test_a_step_is_the_textbook_step_of_the_whole_logical_batch(
     tmp_path: Path, build: Any, data: Any, shift: bool, parts: int
 ) -> None:
-    model, records = build(), data()
-    before = copy.deepcopy(model)
-    run = trainer(tmp_path, model, records, max_steps=1, gradient_accumulation_steps=parts)
-    seen: list[dict[str, Tensor]] = []
-    original = run.training_step
+    assert_a_step_is_the_textbook_step(tmp_path, build(), data(), shift=shift, parts=parts)
 
-    def spy(model: nn.Module, inputs: dict[str, Tensor], num_items_in_batch: Any = None) -> Tensor:
-        seen.append({name: value.clone() for name, value in inputs.items()})
-        return original(model, inputs)
 
-    run.training_step = spy
+def test_tied_weights_stay_tied(tmp_path: Path) -> None:
+    model = gpt2()
+    assert_a_step_is_the_textbook_step(tmp_path, model, language(), shift=True)
+    assert model.lm_head.weight is model.transformer.wte.weight
+
+
+@pytest.mark.parametrize("kind", ["classification", "language"])
+def test_a_step_on_low_rank_adapters_is_the_textbook_step(tmp_path: Path, kind: str) -> None:
+    peft = pytest.importorskip("peft")
+    classifies = kind == "classification"
+    task, base = ("SEQ_CLS", bert()) if classifies else ("CAUSAL_LM", gpt2())
+    adapted = peft.get_peft_model(base, peft.LoraConfig(task_type=task, r=2, lora_dropout=0.0, init_lora_weights=False))
+    records = sentences() if classifies else language()
+    assert_a_step_is_the_textbook_step(tmp_path, adapted, records, shift=not classifies)
+
+
+@pytest.mark.parametrize("setting", ["gradient_checkpointing", "activation_checkpointing"])
+def test_a_step_with_checkpointed_activations_is_the_textbook_step(tmp_path: Path, setting: str) -> None:
+    assert_a_step_is_the_textbook_step(tmp_path, gpt2(), language(), shift=True, **{setting: True})
+
+
+def test_a_step_in_bfloat16_is_the_textbook_step_as_far_as_its_digits_go(tmp_path: Path) -> None:
+    assert_a_step_is_the_textbook_step(tmp_path, bert(), sentences(), shift=False, bf16=True, tolerance=0.03)
+
+
+def test_the_schedule_of_the_trainer_sets_the_learning_rate_of_each_step(tmp_path: Path) -> None:
+    run = trainer(tmp_path, bert(), sentences(), max_steps=4, lr_scheduler_type="linear", warmup_steps=2)
     run.train()
-    assert len(seen) == parts
-    whole = {name: torch.cat([batch[name] for batch in seen]) for name in seen[0]}
-    expected = textbook_update(before, whole, 0.5, 4.0 * parts, shift=shift)
-    start = dict(before.named_parameters())
-    update = {name: (start[name] - p).detach() / 0.1 for name, p in model.named_parameters()}
-    gap = sum(float((update[name] - g).square().sum()) for name, g in expected.items()) ** 0.5
-    size = sum(float(g.square().sum()) for g in expected.values()) ** 0.5
-    assert gap < 1e-4 * size
+    rates = [entry["learning_rate"] for entry in run.state.log_history if "loss" in entry]
+    assert rates == pytest.approx([0.0, 0.05, 0.1, 0.05]) or rates == pytest.approx([0.05, 0.1, 0.05, 0.0])
+
+
+def test_callbacks_are_told_what_was_spent(tmp_path: Path) -> None:
+    class Reader(transformers.TrainerCallback):
+        told: list[dict[str, float]] = []  # noqa: RUF012 - one reader, one list
+
+        def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float], **rest: Any) -> None:
+            self.told.append(logs)
+
+    run = trainer(tmp_path, bert(), sentences(), PrivacyPlan(target_delta=1e-3, noise_multiplier=1.0))
+    run.add_callback(Reader())
+    run.train()
+    assert [logs["privacy/steps"] for logs in Reader.told] == [1, 2, 3, 3]
+    assert all(logs["privacy/epsilon"] > 0 and logs["privacy/delta"] == 1e-3 for logs in Reader.told)
 
 
 def test_epsilon_and_steps_are_in_the_logs(tmp_path: Path) -> None:
@@ -151,63 +117,10 @@ def test_empty_batches_are_steps(tmp_path: Path) -> None:
     run = trainer(tmp_path, bert(), sentences(), plan, per_device_train_batch_size=1, max_steps=25)
     run.train()
     assert run.engine.steps == 25
-    sizes = [len(step) for epoch in (0, 1) for step in _draws(run, epoch)]
-    assert 0 in sizes[:25]
-
-
-def _draws(run: DPTrainer, epoch: int) -> list[list[int]]:
     sampler: Any = run.private.loader.batch_sampler
-    return [sampler.draw(epoch=epoch, step=step)[0] for step in range(len(sampler))]
-
-
-def test_resuming_goes_on_with_what_was_spent(tmp_path: Path) -> None:
-    plan = PrivacyPlan(target_delta=1e-3, noise_multiplier=1.0)
-    options = {"save_strategy": "steps", "save_steps": 2, "max_steps": 4, "lr_scheduler_type": "linear"}
-    first = trainer(tmp_path, gpt2(), language(), plan, **options)
-    first.train()
-    resumed = trainer(tmp_path, gpt2(), language(), plan, **options)
-    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
-    assert resumed.engine.accountant.history == first.engine.accountant.history
-    assert resumed.state.global_step == 4
-    assert resumed.private.optimizer.steps == 4
-
-
-def test_going_back_to_a_checkpoint_does_not_forget_what_was_spent_after_it(tmp_path: Path) -> None:
-    plan = PrivacyPlan(target_delta=1e-3, noise_multiplier=1.0)
-    run = trainer(tmp_path, gpt2(), language(), plan, save_strategy="steps", save_steps=2, max_steps=4)
-    run.train()
-    run.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
-    assert len(run.engine.accountant) == run.engine.steps == 6
-
-
-def test_a_checkpoint_adds_to_what_another_training_has_spent(tmp_path: Path) -> None:
-    plan = PrivacyPlan(target_delta=1e-3, noise_multiplier=1.0)
-    options = {"save_strategy": "steps", "save_steps": 2, "max_steps": 2}
-    trainer(tmp_path, gpt2(), language(), plan, **options).train()
-    run = trainer(tmp_path, gpt2(), language(), plan, **{**options, "max_steps": 3})
-    run.engine.accountant.step(noise_multiplier=5.0, sample_rate=0.5, steps=7)
-    run.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
-    assert len(run.engine.accountant) == 7 + 2 + 1
-
-
-def test_a_seeded_run_does_not_repeat_its_draws_when_resumed(tmp_path: Path) -> None:
-    plan = PrivacyPlan(target_delta=1e-3, noise_multiplier=1.0, seed=1)
-    options = {"save_strategy": "steps", "save_steps": 2, "max_steps": 4}
-    trainer(tmp_path, gpt2(), language(), plan, **options).train()
-    resumed = trainer(tmp_path, gpt2(), language(), plan, **options)
-    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
-    assert resumed.private.loader.feed.epoch == 1
-
-
-def test_a_checkpoint_without_its_ledger_is_refused(tmp_path: Path) -> None:
-    options = {"save_strategy": "steps", "save_steps": 2, "max_steps": 2}
-    trainer(tmp_path, gpt2(), language(), **options).train()
-    file = tmp_path / "checkpoint-2" / "privacy.json"
-    assert json.loads(file.read_text())["steps"] == 2
-    file.unlink()
-    resumed = trainer(tmp_path, gpt2(), language(), **{**options, "max_steps": 3})
-    with pytest.raises(PrivacyError, match="what its training has spent is not known"):
-        resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert any(not sampler.draw(epoch=0, step=step)[0] for step in range(25))
+    with pytest.raises((ValueError, IndexError, KeyError, RuntimeError)):  # what it is kept from
+        run.data_collator([])
 
 
 def test_training_with_evaluation_and_a_schedule_learns(tmp_path: Path) -> None:
@@ -256,16 +169,6 @@ def test_a_second_call_of_train_goes_on_spending(tmp_path: Path) -> None:
     run.train()
     run.train()
     assert run.engine.steps == 6
-
-
-@pytest.mark.parametrize(
-    ("changed", "named"),
-    [({"label_smoothing_factor": 0.1}, "label_smoothing_factor"), ({"max_grad_norm": 0.0}, "max_grad_norm"),
-     ({"auto_find_batch_size": True}, "auto_find_batch_size")],
-)  # fmt: skip
-def test_settings_without_a_private_form_are_refused(tmp_path: Path, changed: dict[str, Any], named: str) -> None:
-    with pytest.raises(ConfigurationError, match=named):
-        trainer(tmp_path, bert(), sentences(), **changed)
 
 
 def test_a_plan_needs_noise_or_a_target() -> None:

@@ -112,6 +112,13 @@ def test_a_draw_is_a_function_of_key_epoch_and_step() -> None:
     assert alone.draw(epoch=2, step=3) == [first[2, 3]]
 
 
+def test_resuming_within_a_pass_draws_what_was_left_of_it() -> None:
+    whole, resumed = (PoissonBatchSampler(100, sample_rate=0.1, steps=5, key=KEY) for _ in range(2))
+    passes = [list(whole) for _ in range(3)]
+    resumed.epoch, resumed.first_step = 1, 3
+    assert [list(resumed) for _ in range(2)] == [passes[1][3:], passes[2]]
+
+
 def test_resuming_at_an_epoch_draws_that_epoch() -> None:
     sampler = PoissonBatchSampler(100, sample_rate=0.1, steps=3, key=KEY)
     passes = [list(sampler) for _ in range(3)]

@@ -191,7 +191,7 @@ def test_constructor_takes_what_opacus_takes() -> None:
 
 def test_feed_describes_what_the_consumer_holds() -> None:
     loader = DPDataLoader.from_data_loader(DataLoader(dataset(), batch_size=2), key=KEY)
-    assert astuple(loader.feed)[:5] == (-1, 0, True, -1, 0)
+    assert astuple(loader.feed)[:6] == (-1, 0, True, -1, -1, 0)
     seen = 0
     for epoch in range(2):
         for step, batch in enumerate(loader):
@@ -199,7 +199,7 @@ def test_feed_describes_what_the_consumer_holds() -> None:
             assert loader.feed.logical_batch == epoch * 50 + step
             assert loader.feed.records == len(batch[0])
             assert loader.feed.last
-            assert (loader.feed.epoch, loader.feed.delivered) == (epoch, seen)
+            assert (loader.feed.epoch, loader.feed.step, loader.feed.delivered) == (epoch, step, seen)
 
 
 def test_feed_keeps_secrets_out_of_its_repr() -> None:
@@ -208,8 +208,8 @@ def test_feed_keeps_secrets_out_of_its_repr() -> None:
 
 def test_accumulated_batches_share_a_logical_batch() -> None:
     loader = DPDataLoader.from_data_loader(DataLoader(dataset(), batch_size=4), key=KEY, accumulation_steps=3)
-    marks = [(loader.feed.logical_batch, loader.feed.last) for _ in loader]
-    assert marks == [(i // 3, i % 3 == 2) for i in range(27)]
+    marks = [(loader.feed.logical_batch, loader.feed.step, loader.feed.last) for _ in loader]
+    assert marks == [(i // 3, i // 3, i % 3 == 2) for i in range(27)]
 
 
 def test_leaving_early_takes_new_numbers_and_new_draws() -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import importlib.util
 from typing import Any
 
 from ghostgrad.errors import MissingDependencyError
@@ -18,13 +17,17 @@ def require(package: str, needed_by: str) -> Any:
     try:
         return importlib.import_module(package)
     except ImportError as error:
-        raise MissingDependencyError(f"{needed_by} needs {package}: pip install {package.split('.')[0]}") from error
+        raise MissingDependencyError(
+            f"{needed_by} needs {package}, which could not be imported ({error}): pip install 'ghostgrad[trainers]'"
+        ) from error
 
 
 def base_class(package: str, name: str, needed_by: str) -> Any:
     """The class ``package.name``; without the package, a class that says so when an object of it is made."""
-    if importlib.util.find_spec(package.split(".")[0]) is not None:
+    try:
         return getattr(importlib.import_module(package), name)
+    except ImportError:
+        pass  # said when it is needed, so that what imports this module for another reason goes on
 
     class Missing:
         def __new__(cls, *positional: Any, **named: Any) -> Any:

@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader
 from ghostgrad.engine import PrivacyEngine
 from ghostgrad.errors import ConfigurationError
 from ghostgrad.integrations._base import base_class
-from ghostgrad.integrations.plan import PrivacyPlan, PrivateRun
+from ghostgrad.integrations.plan import PrivacyPlan, PrivateRun, new_run
 
 _PACKAGE = "lightning.pytorch"
 _Callback: Any = base_class(_PACKAGE, "Callback", "ghostgrad.integrations.lightning.DPCallback")
@@ -44,7 +44,9 @@ class DPCallback(_Callback):  # type: ignore[misc]
         self.plan, self.max_grad_norm = plan, max_grad_norm
         self.engine: PrivacyEngine = plan.engine()
         self.private: PrivateRun | None = None
-        self._saved: dict[str, Any] | None = None
+        self._run = new_run()
+        self._spent: dict[str, Any] | None = None
+        self._resumes: dict[str, Any] | None = None
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
         """Exchange optimizer and loader."""
@@ -56,6 +58,7 @@ class DPCallback(_Callback):  # type: ignore[misc]
         self.private = PrivateRun.open(
             self.plan,
             engine=self.engine,
+            run=self._run,
             module=_holder(pl_module),
             optimizer=trainer.optimizers[0],
             data_loader=loader,
@@ -63,8 +66,9 @@ class DPCallback(_Callback):  # type: ignore[misc]
             accumulation_steps=trainer.accumulate_grad_batches,
             total_steps=_planned_steps(trainer, len(loader)),
         )
-        if self._saved is not None:
-            self.private.load_state_dict(self._saved)
+        if self._resumes is not None:
+            self.private.load_state_dict(self._resumes)
+            self._resumes = None
         trainer.strategy.optimizers = [self.private.optimizer]
         loop._data_source.instance, loop._data_source.name = self.private.loader, ""
         loop._combined_loader = None  # a length that was asked for before may have opened the user's own
@@ -90,18 +94,18 @@ class DPCallback(_Callback):  # type: ignore[misc]
 
     def _close(self) -> None:
         if self.private is not None:
-            self._saved = self.private.state_dict()
+            self._spent = self.private.state_dict()
             self.private = None
             self.engine.detach()
 
     def state_dict(self) -> dict[str, Any]:
         """What the Trainer's checkpoints keep: what was spent."""
-        state = self.private.state_dict() if self.private is not None else self._saved
+        state = self.private.state_dict() if self.private is not None else self._spent
         return {} if state is None else {"privacy": state}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Used when the fit begins."""
-        self._saved = state_dict.get("privacy")
+        self._resumes = state_dict.get("privacy")
 
 
 def _check_trainer(trainer: Any) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -62,19 +63,27 @@ class PrivacyPlan:
         return PrivacyEngine(self.accountant, self.secure_mode, self.seed)
 
 
+def new_run() -> str:
+    """A name for what one engine spends, by which a checkpoint is told apart from those of other processes."""
+    return secrets.token_hex(8)
+
+
 @dataclass
 class PrivateRun:
     """One private training: the engine, and what `make_private` returned.
 
     Attributes:
+        run: name of what the engine spends, from `new_run`; the same for all trainings of one engine.
         noise_multiplier: as planned or as calibrated; fixed for the whole training, also when it is resumed.
     """
 
     plan: PrivacyPlan
     engine: PrivacyEngine
+    run: str
     optimizer: DPOptimizer
     loader: DPDataLoader[Any]
     noise_multiplier: float
+    _begun_at: tuple[int, int] = (0, 0)  # pass and logical batch at which a resumed training went on
 
     @classmethod
     def open(
@@ -82,6 +91,7 @@ class PrivateRun:
         plan: PrivacyPlan,
         *,
         engine: PrivacyEngine,
+        run: str,
         module: nn.Module,
         optimizer: Optimizer,
         data_loader: DataLoader[Any],
@@ -108,7 +118,7 @@ class PrivateRun:
                 max_grad_norm=max_grad_norm, clipping=plan.clipping, grad_sample_mode=plan.grad_sample_mode,
                 poisson_sampling=plan.poisson_sampling, accumulation_steps=accumulation_steps,
             )  # fmt: skip
-        return cls(plan, engine, private, loader, float(private.noise_multiplier))
+        return cls(plan, engine, run, private, loader, float(private.noise_multiplier))
 
     def logs(self) -> dict[str, float]:
         """What to log: public numbers only."""
@@ -121,15 +131,20 @@ class PrivateRun:
 
     def state_dict(self) -> dict[str, Any]:
         """What was spent, and the addresses of the next draws; holds no secret."""
+        epoch, step = self._next_draw()
         return {
+            "run": self.run,
             "accountant": self.engine.accountant.state_dict(),
-            "steps": self.optimizer.steps,
-            "epoch": self.loader.feed.epoch,
+            "steps": self.engine.steps,
+            "noise_step": self.optimizer.noise_step + self.engine.steps - self.optimizer.steps,
+            "epoch": epoch,
+            "step": step,
             "noise_multiplier": self.noise_multiplier,
+            "max_grad_norm": self.optimizer.max_grad_norm,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on where `state_dict` was taken: what was spent is spent, and no draw of a seeded run is made twice.
+        """Go on where `state_dict` was taken: what was spent is spent, and nothing that a seed determines is drawn twice.
 
         Raises:
             ConfigurationError: the training was planned with other noise.
@@ -139,22 +154,28 @@ class PrivateRun:
                 f"the checkpoint was trained with noise_multiplier={state['noise_multiplier']}, and the plan gives "
                 f"{self.noise_multiplier}. Resume with the same plan, data and number of steps."
             )
-        spent = Ledger.from_state_dict(state["accountant"]["ledger"])
-        if not _extends(self.engine.accountant.ledger, spent):  # else this very run wrote the checkpoint, and went on
-            for event, count in spent:
+        if state["run"] != self.run:  # else this engine spent it, and knows
+            for event, count in Ledger.from_state_dict(state["accountant"]["ledger"]):
                 self.engine.accountant.record(event, count)
-        self.optimizer.steps = max(self.optimizer.steps, state["steps"])
+            self.optimizer.steps += state["steps"]
+        self.optimizer.noise_step = max(self.optimizer.noise_step, state["noise_step"])
+        if self.plan.clipping == "adaptive":
+            self.optimizer.max_grad_norm = state["max_grad_norm"]
         sampler = self.loader.batch_sampler
         if isinstance(sampler, PoissonBatchSampler):
-            sampler.epoch = max(sampler.epoch, state["epoch"] + 1)
+            at = max((sampler.epoch, sampler.first_step), (state["epoch"], state["step"]))
+            self._begun_at = sampler.epoch, sampler.first_step = at
 
+    @property
+    def within_pass(self) -> bool:
+        """Whether the next draw is in the middle of a pass over the loader."""
+        return self._next_draw()[1] > 0
 
-def _extends(ledger: Ledger, earlier: Ledger) -> bool:
-    """Whether ``ledger`` begins with all of ``earlier``; equal releases in a row are one entry."""
-    mine, theirs = list(ledger), list(earlier)
-    if not theirs:
-        return True
-    if len(mine) < len(theirs) or mine[: len(theirs) - 1] != theirs[:-1]:
-        return False
-    (event, count), (last, least) = mine[len(theirs) - 1], theirs[-1]
-    return event == last and count >= least
+    def _next_draw(self) -> tuple[int, int]:
+        """The pass and the logical batch within it that come after what was handed out."""
+        epoch, step = self.loader.feed.epoch, self.loader.feed.step + 1
+        if epoch < self._begun_at[0]:  # nothing was handed out since
+            return self._begun_at
+        if epoch == self._begun_at[0]:
+            step += self._begun_at[1]
+        return (epoch, step) if step < self.loader.steps_per_epoch else (epoch + 1, 0)

@@ -14,8 +14,9 @@ from torch.utils.data import DataLoader
 
 from ghostgrad.engine import PrivacyEngine
 from ghostgrad.errors import ConfigurationError, PrivacyError
+from ghostgrad.integrations._arguments import check_arguments
 from ghostgrad.integrations._base import base_class
-from ghostgrad.integrations.plan import PrivacyPlan, PrivateRun
+from ghostgrad.integrations.plan import PrivacyPlan, PrivateRun, new_run
 from ghostgrad.integrations.record_losses import record_losses
 from ghostgrad.sampling import DPDataLoader
 
@@ -37,8 +38,8 @@ class DPTrainer(_Trainer):  # type: ignore[misc]
 
     Every log entry carries ``privacy/epsilon``, ``privacy/delta``, ``privacy/steps`` and ``privacy/noise_multiplier``. The
     losses logged beside them are computed on the training data without noise: do not publish them. Checkpoints hold
-    ``privacy.json``, and a resumed training goes on with what was spent. Batches are independent draws, so that none is
-    skipped on resuming.
+    ``privacy.json``: a resumed training goes on with what was spent, and with the next draw. It repeats neither batches nor
+    noise, and with ``PrivacyPlan(seed=...)`` it ends where the uninterrupted one does.
 
     Args:
         model, args, train_dataset, eval_dataset, data_collator, processing_class, compute_metrics, callbacks, optimizers,
@@ -71,17 +72,29 @@ class DPTrainer(_Trainer):  # type: ignore[misc]
         preprocess_logits_for_metrics: Any = None,
         losses: RecordLosses | None = None,
     ) -> None:
-        _check_arguments(args)
+        check_arguments(args, poisson_sampling=privacy.poisson_sampling)
         super().__init__(
             model=model, args=args, train_dataset=train_dataset, eval_dataset=eval_dataset, data_collator=data_collator,
             processing_class=processing_class, compute_metrics=compute_metrics, callbacks=callbacks,
             optimizers=optimizers, preprocess_logits_for_metrics=preprocess_logits_for_metrics,
         )  # fmt: skip
-        self.args.ignore_data_skip = True  # there is no order to go on in
+        self._check_accelerator()
+        self.args.ignore_data_skip = True  # the private loader itself goes on where it stopped
+        self.loss_is_scaled_for_ga = True  # the parts of a logical batch add up
         self.privacy = privacy
         self.engine: PrivacyEngine = privacy.engine()
+        self._run = new_run()
+        self._random_state_of: str | None = None
         self.private: PrivateRun | None = None
         self._losses = losses
+
+    def _check_accelerator(self) -> None:
+        """The environment of ``accelerate launch`` can ask for what ``args`` do not."""
+        for plugin in ("deepspeed", "fsdp"):
+            if getattr(self, f"is_{plugin}_enabled", False):
+                raise ConfigurationError(
+                    f"accelerate was set up for {plugin}, which has no private form: train in one process."
+                )
 
     # ------------------------------------------------------------------ sampler and optimizer
 
@@ -94,6 +107,7 @@ class DPTrainer(_Trainer):  # type: ignore[misc]
             self.private = PrivateRun.open(
                 self.privacy,
                 engine=self.engine,
+                run=self._run,
                 module=self.model,
                 optimizer=self.optimizer,
                 data_loader=plain,
@@ -115,6 +129,8 @@ class DPTrainer(_Trainer):  # type: ignore[misc]
             num_workers=wrapped.num_workers,
             pin_memory=self.args.dataloader_pin_memory and torch.cuda.is_available(),
             drop_last=self.args.dataloader_drop_last,
+            in_order=self.args.dataloader_in_order,
+            multiprocessing_context=wrapped.multiprocessing_context,
             worker_init_fn=wrapped.worker_init_fn,
             prefetch_factor=wrapped.prefetch_factor,
             persistent_workers=wrapped.persistent_workers,
@@ -129,25 +145,25 @@ class DPTrainer(_Trainer):  # type: ignore[misc]
 
     def get_batch_samples(self, epoch_iterator: Iterator[Any], num_batches: int, device: Any = None) -> Any:
         """The next ``num_batches`` batches, each taken from the loader when it is used; no count of their tokens."""
+        if self._random_state_of is not None:
+            super()._load_rng_state(self._random_state_of)
+            self._random_state_of = None
         return _LazyBatches(epoch_iterator, num_batches), None
 
     # ------------------------------------------------------------------ the loss
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
-        """Forward and backward of one batch. The parts of a logical batch add up, so the loss is not divided by them."""
-        model.train()
-        inputs = self._prepare_inputs(inputs)
-        with self.compute_loss_context_manager():
-            loss: Tensor = self.compute_loss(model, inputs)
-        loss.backward()  # type: ignore[no-untyped-call]
+        """Forward and backward of one batch; the loss that is logged is the mean over the parts of a logical batch."""
+        loss: Tensor = super().training_step(model, inputs)
         parts: int = self.args.gradient_accumulation_steps
-        return loss.detach() / parts
+        return loss / parts
 
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         """Mean of the records' losses; 0 for a batch of no records."""
-        given = {name: value for name, value in inputs.items() if name != "labels"}
+        known = {"labels", *(self.label_names or ())}  # a loss inside the model would not show the loss of a record
+        given = {name: value for name, value in inputs.items() if name not in known}
         prepare = getattr(_inner(model), "prepare_decoder_input_ids_from_labels", None)
         if prepare is not None and "decoder_input_ids" not in given and "labels" in inputs:
             given["decoder_input_ids"] = prepare(labels=inputs["labels"])
@@ -177,6 +193,8 @@ class DPTrainer(_Trainer):  # type: ignore[misc]
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """As the Trainer's, with what was spent."""
+        if self.private is not None and self.is_in_train:  # a resumed pass has only the steps that were left of it
+            self.state.epoch = self.state.global_step / self.private.loader.steps_per_epoch
         super().log({**logs, **(self.private.logs() if self.private else {})}, start_time)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
@@ -196,6 +214,13 @@ class DPTrainer(_Trainer):  # type: ignore[misc]
             )
         self.private.load_state_dict(json.loads(file.read_text()))
 
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        """As the Trainer's; within a pass only after the loader has drawn its workers' seed, as it had when it was saved."""
+        if self.private is not None and self.private.within_pass:
+            self._random_state_of = checkpoint
+        else:
+            super()._load_rng_state(checkpoint)
+
 
 class _LazyBatches:
     """Some batches that are not read ahead: the loader's marks must be those of the batch that is used."""
@@ -212,28 +237,6 @@ class _LazyBatches:
             if batch is None:
                 return
             yield batch
-
-
-def _check_arguments(args: Any) -> None:
-    refused = {
-        "fp16": "its loss scaling skips steps that overflow; use bf16=True",
-        "label_smoothing_factor": "give losses=..., a function (outputs, inputs) -> one loss for each record",
-        "auto_find_batch_size": "a batch size found on the data is not public; set per_device_train_batch_size",
-        "deepspeed": "it takes gradients out of the optimizer's hands; train in one process",
-        "fsdp": "train in one process",
-    }
-    for name, why in refused.items():
-        value = getattr(args, name, None)
-        if value:
-            raise ConfigurationError(f"args.{name}={value!r} has no private form: {why}.")
-    if getattr(args, "n_gpu", 1) > 1:
-        raise ConfigurationError(
-            f"args.n_gpu={args.n_gpu}: the Trainer would split batches over them. Make one visible."
-        )
-    if not args.max_grad_norm or args.max_grad_norm <= 0:
-        raise ConfigurationError(
-            f"args.max_grad_norm={args.max_grad_norm} must be above 0; each record is clipped to it."
-        )
 
 
 def _inner(model: nn.Module) -> Any:

@@ -183,7 +183,7 @@ class _Reader:
         if len(children) > 1:
             raise _NotUnderstood("a product")
         if is_scaled(node):
-            return self.terms(children[0], factor)
+            return self.terms(children[0], scale)
         constant = node._saved_other if node._saved_other is not None else node._saved_self
         if isinstance(constant, Tensor) and not is_python_number(constant):
             raise PrivacyError(

@@ -18,6 +18,7 @@ class Feed:
         records: records in this piece; 0 for an empty one.
         last: this piece completes its logical batch. ``True`` before the first piece: no batch is open.
         epoch: running number of the pass over the loader; -1 before the first.
+        step: number of the logical batch among those handed out in this pass; -1 before the first.
         delivered: number of pieces handed out so far, over all passes.
         empty_batches: logical batches that were handed out whole and empty, with their epoch, until a step was made for
             them. A loop that skips these would show that they were empty.
@@ -30,6 +31,7 @@ class Feed:
     records: int = field(default=0, repr=False)
     last: bool = True
     epoch: int = -1
+    step: int = -1
     delivered: int = 0
     empty_batches: dict[int, int] = field(default_factory=dict, repr=False)
     _all_empty: bool = field(default=True, repr=False)
@@ -42,6 +44,10 @@ class Feed:
 
     def deliver(self, logical_batch: int, *, records: int, last: bool, epoch: int) -> None:
         """Write down what the consumer is about to receive."""
+        if epoch != self.epoch:
+            self.step = 0
+        elif logical_batch != self.logical_batch:
+            self.step += 1
         self._all_empty = not records and (self._all_empty or logical_batch != self.logical_batch)
         self.logical_batch, self.records, self.last, self.epoch = logical_batch, records, last, epoch
         self.delivered += 1

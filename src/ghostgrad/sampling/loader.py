@@ -215,6 +215,26 @@ class DPDataLoader(DataLoader[T_co]):
         self._empty_batch = EmptyBatch(dataset, self.collate_fn, plan.source.first_record())
 
     @property
+    def _is_accelerate_prepared(self) -> bool:
+        """Accelerate asks before it wraps a loader. Its own would read one batch ahead of the marks, or share batches out.
+
+        Raises:
+            ConfigurationError: several processes, each of which would be given every n-th batch of a draw of its own.
+        """
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            size = torch.distributed.get_world_size()
+            if size > 1:
+                raise ConfigurationError(
+                    f"this private loader was handed to {size} processes: each would draw batches of its own and keep every "
+                    f"{size}th, which is not the sampling that is accounted. Train in one process."
+                )
+        return True
+
+    @_is_accelerate_prepared.setter
+    def _is_accelerate_prepared(self, prepared: bool) -> None:
+        """Accelerate writes down that it went past."""
+
+    @property
     def _index_sampler(self) -> CurrentStream:
         # Where torch's iterators take their indices; `batch_sampler` stays what the user knows.
         return self._current

@@ -40,6 +40,7 @@ class PoissonBatchSampler(Sampler[list[int]]):
 
     Attributes:
         epoch: number of the next pass; set it to resume.
+        first_step: logical batch that the next pass begins with, for a pass that was left in the middle; 0 after it.
 
     >>> sampler = PoissonBatchSampler(1000, sample_rate=0.01, steps=3, key=RunKey.from_seed(0))
     >>> len(sampler), len(list(sampler)), sampler.epoch
@@ -62,6 +63,7 @@ class PoissonBatchSampler(Sampler[list[int]]):
         self.steps = steps
         self.accumulation_steps = accumulation_steps
         self.epoch = 0
+        self.first_step = 0
         self._key = key
 
     def __len__(self) -> int:
@@ -72,9 +74,9 @@ class PoissonBatchSampler(Sampler[list[int]]):
 
     def begin(self) -> tuple[int, Iterator[list[int]]]:
         """Take the next epoch's number; return it with that epoch's parts."""
-        epoch = self.epoch
-        self.epoch += 1
-        return epoch, (part for step in range(self.steps) for part in self.draw(epoch=epoch, step=step))
+        epoch, first = self.epoch, self.first_step
+        self.epoch, self.first_step = epoch + 1, 0
+        return epoch, (part for step in range(first, self.steps) for part in self.draw(epoch=epoch, step=step))
 
     def first_record(self) -> int:
         """One index that may be drawn."""
