@@ -7,10 +7,10 @@ import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
 
 from ghostgrad.errors import PrivacyError
+from ghostgrad.recording.loss_graph import BOUNDARY, below, is_python_number, numbers, shapes
 from ghostgrad.recording.scalers import is_scaled
 
 _MEAN, _SUM = 1, 2
@@ -23,6 +23,9 @@ _PASSING = (
 """Nodes that do not change what a scalar is worth."""
 
 _RELATIVE = 1e-6
+
+_Part = tuple[Any, "Scale"]
+"""A node, and what it is multiplied by."""
 
 
 class Scale(NamedTuple):
@@ -41,27 +44,21 @@ class Scale(NamedTuple):
 
 
 class Term(NamedTuple):
-    """``scale.factor`` times the mean, or the sum of that many ``elements``, over the batch."""
+    """``factor`` times the mean, or the sum, over the batch of something of each record.
 
-    scale: Scale
+    Attributes:
+        factor: the product of all numbers that multiply it.
+        is_mean: whether it is a mean; also a sum that is divided by the number of its records or elements.
+        numbers: the Python numbers inside of it.
+    """
+
+    factor: float
     is_mean: bool
-    elements: int = 0
-
-    @property
-    def factor(self) -> float:
-        return self.scale.factor
-
-    def as_mean(self, n: int) -> Term:
-        """A sum that is divided by the number of records, or of elements, is a mean written by hand."""
-        for divisor in self.scale.divisors:
-            known = any(math.isclose(abs(divisor), count, rel_tol=_RELATIVE) for count in (n, self.elements))
-            if known and not self.is_mean:
-                return Term(Scale(self.factor * abs(divisor)), is_mean=True)
-        return self
+    numbers: tuple[float, ...] = ()
 
 
 def check(root: Any, nodes: Sequence[Any], n: int, knowledge: Any) -> None:
-    """Hold a loss to the declared reduction, with weights that are the same for every batch.
+    """Hold a loss to the declared reduction, with numbers that are the same for every batch.
 
     Args:
         root: the node of the loss.
@@ -72,23 +69,18 @@ def check(root: Any, nodes: Sequence[Any], n: int, knowledge: Any) -> None:
     Raises:
         PrivacyError: saying which part is not a mean (sum) of the records' own losses.
     """
-    for node in nodes:
-        _check_divisor(node)
-        if knowledge.reduction == "mean":
-            _check_selection(node, n)
     try:
-        terms = _Reader(set(nodes), n, knowledge).terms(root, Scale())
+        terms = _Reader(set(nodes), n, knowledge).terms(root)
     except _NotUnderstood as unknown:
         raise PrivacyError(
             f"the loss applies {unknown} to a number that is already taken over the batch, so how much a record counts "
             f"depends on the others. Apply it within each record and take the mean over the records last; or pass the loss as "
             f"criterion= to make_private, where it is taken apart and checked on values."
         ) from None
-    if knowledge.reduction == "mean":
-        terms = [term.as_mean(n) for term in terms]
-    for term in terms:
-        _check_reduction(term, n, knowledge.reduction)
-    _check_weights([term.factor for term in terms], knowledge)
+    if n > 1:  # of one record the mean is the sum
+        for term in terms:
+            _check_reduction(term, n, knowledge.reduction)
+    _check_numbers(terms, knowledge)
 
 
 _EVIDENCE = "ghostgrad evidence"
@@ -116,7 +108,7 @@ class _Reader:
 
     def __init__(self, leading: set[Any], n: int, knowledge: Any) -> None:
         self._leading, self._n, self._knowledge = leading, n, knowledge
-        self._readers: dict[str, Callable[[Any, Scale], list[Term]]] = {
+        self._readers: dict[str, Callable[[Any, Scale], list[_Part] | Term]] = {
             "Add": self._sum,
             "Sub": self._sum,
             "Rsub": self._sum,
@@ -125,38 +117,47 @@ class _Reader:
             "Div": self._quotient,
             "Mean": self._reduction,
             "Sum": self._reduction,
-            "Dot": lambda node, scale: [Term(scale, is_mean=False)],
+            "Dot": lambda node, scale: self._term(node, scale, is_mean=False, elements=0),
         }
 
-    def terms(self, node: Any, scale: Scale) -> list[Term]:
-        """The terms of the number that a node puts out."""
-        if node not in self._leading or node.name() == "BoundaryBackward":
-            return []  # not about records; or a scalar output, which the recorder refuses
-        evidence = evidence_at(node)
-        return self._read(node, scale) if evidence is None else self._criterion(node, scale, evidence)
+    def terms(self, root: Any, *, inside: bool = False) -> list[Term]:
+        """The terms of the number that a node puts out; ``inside`` of a criterion its evidence has been taken."""
+        found: list[Term] = []
+        todo = [(root, Scale())]
+        while todo:
+            node, scale = todo.pop()
+            if node not in self._leading or node.name() == BOUNDARY:
+                continue  # not about records; or a scalar output, which the recorder refuses
+            evidence = None if inside and node is root else evidence_at(node)
+            read = self._read(node, scale) if evidence is None else self._criterion(node, scale, evidence)
+            if isinstance(read, Term):
+                found.append(read)
+            else:
+                todo.extend(reversed(read))
+        return found
 
-    def _criterion(self, node: Any, scale: Scale, evidence: Any) -> list[Term]:
+    def _criterion(self, node: Any, scale: Scale, evidence: Any) -> list[_Part] | Term:
         """What a criterion put out: read like the rest; taken apart on values where its graph does not say enough."""
-        mean = self._knowledge.reduction == "mean"
+        shown = Term(scale.factor, self._knowledge.reduction == "mean")
         try:
-            inside = [term.as_mean(self._n) if mean else term for term in self._read(node, Scale())]
-            weights = [term.factor for term in inside]
-            if all(term.is_mean == mean for term in inside) and weights == self._knowledge.shown:
-                return [Term(scale, mean)]
+            inside = self.terms(node, inside=True)
         except _NotUnderstood:
             if not evidence.shown():
                 raise
-            return [Term(scale, mean)]
-        if evidence.shown():
-            self._knowledge.shown = weights
-            return [Term(scale, mean)]
-        return self._read(node, scale)
+            return shown
+        known = _numbers_of(inside)
+        if all(term.is_mean == shown.is_mean for term in inside) and _same(known, self._knowledge.shown):
+            return shown
+        if not evidence.shown():
+            return self._read(node, scale)
+        self._knowledge.shown = known
+        return shown
 
-    def _read(self, node: Any, scale: Scale) -> list[Term]:
+    def _read(self, node: Any, scale: Scale) -> list[_Part] | Term:
         name = node.name()
         reduction = getattr(node, "_saved_reduction", None)
         if reduction in (_MEAN, _SUM):
-            return [Term(scale, reduction == _MEAN, _summed(node))]
+            return self._term(node, scale, is_mean=reduction == _MEAN, elements=_summed(node))
         for prefix, read in self._readers.items():
             if name.startswith(prefix):
                 return read(node, scale)
@@ -164,26 +165,39 @@ class _Reader:
             return self._children(node, scale)
         raise _NotUnderstood(name.removesuffix("0").removesuffix("1").removesuffix("Backward"))
 
-    def _children(self, node: Any, scale: Scale) -> list[Term]:
-        return [term for child, _ in node.next_functions if child is not None for term in self.terms(child, scale)]
+    def _term(self, node: Any, scale: Scale, *, is_mean: bool, elements: int) -> Term:
+        """What a node reduces, with the numbers that its elements are multiplied by drawn out."""
+        last = node if hasattr(node, "_saved_reduction") else None
+        while last is None:
+            (node, *others) = [child for child, _ in node.next_functions if child in self._leading] or [None]
+            drawn = None if node is None or others else _elementwise_factor(node, scale)
+            last, scale = (node, scale) if drawn is None else (None, drawn)
+        inner = tuple(number for each in below(last) if each in self._leading for number in numbers(each))
+        if not is_mean and self._knowledge.reduction == "mean":
+            for divisor in scale.divisors:
+                if any(math.isclose(abs(divisor), count, rel_tol=_RELATIVE) for count in (self._n, elements)):
+                    return Term(scale.factor * abs(divisor), True, inner)
+        return Term(scale.factor, is_mean, inner)
 
-    def _sum(self, node: Any, scale: Scale) -> list[Term]:
+    def _children(self, node: Any, scale: Scale) -> list[_Part]:
+        return [(child, scale) for child, _ in node.next_functions if child is not None]
+
+    def _sum(self, node: Any, scale: Scale) -> list[_Part]:
         sign = -1.0 if node.name().startswith(("Sub", "Rsub")) else 1.0
         weights = (1.0, sign * float(getattr(node, "_saved_alpha", 1)))
         children = zip(node.next_functions, weights, strict=False)
         return [
-            term
+            (child, scale if weight == 1.0 else scale.times(weight))
             for (child, _), weight in children
             if child is not None
-            for term in self.terms(child, scale if weight == 1.0 else scale.times(weight))
         ]
 
-    def _product(self, node: Any, scale: Scale) -> list[Term]:
+    def _product(self, node: Any, scale: Scale) -> list[_Part]:
         children = [child for child, _ in node.next_functions if child is not None]
         if len(children) > 1:
             raise _NotUnderstood("a product")
         if is_scaled(node):
-            return self.terms(children[0], scale)
+            return [(children[0], scale)]
         constant = node._saved_other if node._saved_other is not None else node._saved_self
         if isinstance(constant, Tensor) and not is_python_number(constant):
             raise PrivacyError(
@@ -191,21 +205,23 @@ class _Reader:
                 "tokens), one record rescales all others: weigh within each record, then take the mean; give a constant as a "
                 "Python number. The scale of a GradScaler is known by its own method: scaler.scale(loss)."
             )
-        return self.terms(children[0], scale.times(float(constant)))
+        return [(children[0], scale.times(float(constant)))]
 
-    def _quotient(self, node: Any, scale: Scale) -> list[Term]:
+    def _quotient(self, node: Any, scale: Scale) -> list[_Part] | Term:
         children = [child for child, _ in node.next_functions if child is not None]
         if len(children) > 1 or node.next_functions[0][0] is None:
             raise _NotUnderstood("a quotient")
         divisor = node._saved_other
         if isinstance(divisor, Tensor) and not is_python_number(divisor):
-            return [Term(scale, is_mean=True)]  # _check_divisor saw that it is the number of summed elements
-        return self.terms(children[0], scale.over(float(divisor)))
+            # `loss_selections` saw that it is the number of summed elements.
+            return self._term(children[0], scale, is_mean=True, elements=0)
+        return [(children[0], scale.over(float(divisor)))]
 
-    def _reduction(self, node: Any, scale: Scale) -> list[Term]:
-        count, is_mean = math.prod(node._saved_self_sym_sizes), node.name().startswith("Mean")
-        if count % self._n == 0 and not self._is_over_the_batch_already(node):
-            return [Term(scale, is_mean, count)]
+    def _reduction(self, node: Any, scale: Scale) -> list[_Part] | Term:
+        sizes, is_mean = node._saved_self_sym_sizes, node.name().startswith("Mean")
+        count = math.prod(sizes)
+        if sizes and count % self._n == 0 and not self._is_over_the_batch_already(node):
+            return self._term(node, scale, is_mean=is_mean, elements=count)
         # Not over the batch (losses that were stacked, means by class): look at what is summed.
         return self._children(node, scale.over(count) if is_mean else scale)
 
@@ -213,13 +229,29 @@ class _Reader:
         """Whether what is reduced has lost its batch dimension before, though its size could be taken for one."""
         while True:
             children = [child for child, _ in node.next_functions if child is not None and child in self._leading]
-            if children and node.name().startswith("Stack") and not any(m.shape for m in children[0]._input_metadata):
+            if children and node.name().startswith("Stack") and not shapes(children[0])[0]:
                 return True
             if len(children) != 1:
                 return False
             node = children[0]
             if _reduces_dim_0(node, self._n):
                 return True
+
+
+def _elementwise_factor(node: Any, scale: Scale) -> Scale | None:
+    """The scale with the number by which a node multiplies each element; None for one that does anything else."""
+    name = node.name()
+    if name.startswith(_PASSING):
+        return scale
+    if name == "NegBackward0":
+        return scale.times(-1.0)
+    if name == "MulBackward0":
+        constant = node._saved_other if node._saved_other is not None else node._saved_self
+        return scale.times(float(constant)) if constant is not None and is_python_number(constant) else scale
+    if name in ("DivBackward0", "DivBackward1") and node.next_functions[0][0] is not None:
+        divisor = node._saved_other
+        return scale.over(float(divisor)) if divisor is not None and is_python_number(divisor) else scale
+    return None
 
 
 def _reduces_dim_0(node: Any, n: int) -> bool:
@@ -237,14 +269,6 @@ def _summed(node: Any) -> int:
         if isinstance(found, Tensor):
             return found.numel()
     return 0
-
-
-def is_python_number(operand: Tensor) -> bool:
-    """Whether an operand was written as a number: torch lets such a one not widen another scalar's type."""
-    if operand.dim():
-        return False
-    narrow = torch.zeros((), dtype=torch.float16 if operand.is_floating_point() else torch.int8)
-    return torch.result_type(operand, narrow) == narrow.dtype
 
 
 # ---------------------------------------------------------------------- checks
@@ -273,21 +297,32 @@ def _check_reduction(term: Term, n: int, reduction: str) -> None:
     )
 
 
-def _check_weights(weights: list[float], knowledge: Any) -> None:
-    """What the terms of a loss weigh must not change from batch to batch: as a Python number a count leaves no other trace."""
-    if knowledge.weights is None:
-        knowledge.weights = weights
-        _hint_at_double_division(weights, knowledge.accumulation_steps)
-    same = len(weights) == len(knowledge.weights) and all(
-        math.isclose(a, b, rel_tol=_RELATIVE, abs_tol=0.0) for a, b in zip(weights, knowledge.weights, strict=True)
-    )
-    if not same:
+def _check_numbers(terms: list[Term], knowledge: Any) -> None:
+    """The numbers in a loss must not change from batch to batch: a count that was made a Python number leaves no other trace."""
+    found = _numbers_of(terms)
+    if knowledge.numbers is None:
+        knowledge.numbers = found
+        _hint_at_double_division([term.factor for term in terms], knowledge.accumulation_steps)
+    if not _same(found, knowledge.numbers):
         raise PrivacyError(
-            "the numbers by which the terms of the loss are multiplied are others than in an earlier batch. If they were counted "
-            "in the batch, a record weighs more or less with the others that are there, and clipping does not bound that. Use "
-            "constants; for weights that follow a schedule, pass the whole loss as criterion= to make_private, where it is "
-            "taken apart and checked on values."
+            "the numbers in the loss are others than in an earlier batch: factors, or which terms there are. If they were "
+            "counted in the batch, a record weighs more or less with the others that are there, and clipping does not bound "
+            "that. Use constants; for weights that follow a schedule, pass the whole loss as criterion= to make_private, where "
+            "it is taken apart and checked on values."
         )
+
+
+def _numbers_of(terms: Sequence[Term]) -> list[float]:
+    """All numbers in the terms, in their order."""
+    return [number for term in terms for number in (term.factor, *term.numbers)]
+
+
+def _same(found: Sequence[float], before: Sequence[float] | None) -> bool:
+    return (
+        before is not None
+        and len(found) == len(before)
+        and all(math.isclose(a, b, rel_tol=_RELATIVE) for a, b in zip(found, before, strict=True))
+    )
 
 
 def _hint_at_double_division(weights: list[float], accumulation_steps: int) -> None:
@@ -297,66 +332,4 @@ def _hint_at_double_division(weights: list[float], accumulation_steps: int) -> N
             f"of the whole logical batch: gradients are clipped and scaled {accumulation_steps} times smaller than meant. "
             f"Leave the division out.",
             stacklevel=2,
-        )
-
-
-def _check_divisor(node: Any) -> None:
-    """A division by one number that is a tensor: allowed only where it is the number of elements that were summed."""
-    name = node.name()
-    if name.startswith("NllLoss") and node._saved_reduction == _MEAN:
-        _check_cross_entropy(node)
-    if name == "MulBackward0" and node._input_metadata[0].shape and not is_scaled(node):
-        for constant in (node._saved_self, node._saved_other):
-            if constant is not None and constant.numel() == 1 and not constant.requires_grad:
-                _refuse_unless_number(constant)
-    if name != "DivBackward0" or node._saved_other is None or node._saved_other.numel() != 1:
-        return
-    child = node.next_functions[0][0]
-    summed = getattr(child, "_saved_self_sym_sizes", ()) if child is not None and child.name() == "SumBackward0" else ()
-    if summed and float(node._saved_other) == math.prod(summed):
-        return
-    _refuse_unless_number(node._saved_other)
-
-
-def _refuse_unless_number(operand: Tensor) -> None:
-    if operand.is_floating_point() and operand.dim() == 0 and is_python_number(operand):
-        return
-    if not is_python_number(operand):
-        raise PrivacyError(
-            "the loss is divided or multiplied by a tensor of one number, such as the number of counted tokens or the total "
-            "weight in the batch: one record rescales the gradients of all others, and clipping does not bound that. Divide "
-            "within each record, then take the mean over the records; give a constant as a Python number."
-        )
-
-
-def _check_cross_entropy(node: Any) -> None:
-    if node._saved_weight is not None:
-        raise PrivacyError(
-            "the loss is a mean weighted by class: it divides by the total weight of the batch, so one record rescales the "
-            "gradients of all others and clipping does not bound it. Use reduction='none' with the class weights and take "
-            "the mean over the records, or loss_reduction='sum' with reduction='sum'."
-        )
-    if bool((node._saved_target == node._saved_ignore_index).any()):
-        index = node._saved_ignore_index  # handed out as if it were unsigned
-        index = index - 2**64 if index >= 2**63 else index
-        raise PrivacyError(
-            f"the loss is a mean over the targets that are not ignored (ignore_index={index}): it divides "
-            f"by their number in the batch, so one record rescales the gradients of all others and clipping does not bound "
-            f"it. Take reduction='none', the mean within each record, then the mean over the records."
-        )
-
-
-def _check_selection(node: Any, n: int) -> None:
-    """A mean over what was selected divides by how many were."""
-    name = node.name()
-    by_mask = name.startswith("IndexBackward") and any(
-        index is not None and index.dtype in (torch.bool, torch.uint8) for index in node._saved_indices
-    )
-    rows = node._input_metadata[0].shape[:1]
-    ragged = name.startswith(("IndexBackward", "IndexSelect", "Take", "Gather")) and rows and rows[0] % n != 0
-    if by_mask or ragged or name.startswith("MaskedSelect"):
-        raise PrivacyError(
-            "the loss is a mean over selected elements: it divides by how many were selected in the batch, so one record "
-            "rescales the gradients of all others. Multiply by the mask, take the mean within each record, then the mean over "
-            "the records."
         )

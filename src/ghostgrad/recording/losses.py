@@ -8,21 +8,17 @@ torch has no hook for the start of a backward; therefore `torch.autograd.backwar
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ghostgrad.errors import PrivacyError
-from ghostgrad.recording import loss_terms, separable
+from ghostgrad.recording import loss_selections, loss_terms, separable
+from ghostgrad.recording.loss_graph import BOUNDARY, leading_to, nodes_of
 from ghostgrad.recording.scalers import scale_in, scalers
-
-_MOST_NODES = 10_000
-"""Further nodes are not looked at: behind so many there is another network, not a loss."""
-
-_BOUNDARY = "BoundaryBackward"
 
 
 @dataclass
@@ -33,16 +29,18 @@ class LossKnowledge:
         reduction: the declared one.
         accumulation_steps: loader batches that make up one logical batch.
         separable: whether the gradient of a record's outputs was shown not to depend on other records' outputs.
-        weights: what the terms of the loss are multiplied by, as first seen; None before.
-        shown: what the terms inside the criterion were multiplied by when it was last taken apart on values.
+        numbers: the Python numbers in the loss, as first seen; None before.
+        shown: the same inside the criterion, when it was last taken apart on values.
+        unpaired_sizes: sizes of batches in which no tensor of the loss had two dimensions of that size.
         scale: what a GradScaler multiplied the losses of the backward under way by; 1 without one.
     """
 
     reduction: str
     accumulation_steps: int = 1
     separable: bool = False
-    weights: list[float] | None = None
+    numbers: list[float] | None = None
     shown: list[float] | None = None
+    unpaired_sizes: set[int] = field(default_factory=set)
     scale: float = 1.0
 
 
@@ -75,7 +73,13 @@ class _Watch:
         def backward(tensors: Tensor | Sequence[Tensor], *args: Any, **options: Any) -> None:
             if not self.depth:
                 losses = [tensors] if isinstance(tensors, Tensor) else list(tensors)
-                check_losses(losses, only_some_inputs=options.get("inputs") is not None or len(args) > 3)
+                given = args[0] if args else options.get("grad_tensors")
+                weights = given if isinstance(given, (list, tuple)) else [given]
+                check_losses(
+                    losses,
+                    weighted=any(weight is not None for weight in weights),
+                    only_some_inputs=options.get("inputs") is not None or len(args) > 3,
+                )
             self.depth += 1
             try:
                 self.original(tensors, *args, **options)
@@ -88,65 +92,46 @@ class _Watch:
 watch = _Watch()
 
 
-def check_losses(losses: Sequence[Tensor], *, only_some_inputs: bool = False) -> None:
+def check_losses(losses: Sequence[Tensor], *, weighted: bool = False, only_some_inputs: bool = False) -> None:
     """Check the losses that a backward starts from, where they lead to a private model.
+
+    Args:
+        weighted: whether ``backward(gradient=...)`` weighs them.
+        only_some_inputs: whether ``backward(inputs=...)`` asks for some gradients only.
 
     Raises:
         PrivacyError: for a loss that is not a scalar, is not a mean (or the declared sum) over the records with constant
             weights, or compares records.
     """
-    graphs = [list(_nodes(loss)) for loss in losses]
+    graphs = [list(nodes_of(loss)) for loss in losses]
     scale = scale_in(node for nodes in graphs for node in nodes)
     for loss, nodes in zip(losses, graphs, strict=True):
-        boundaries = [node for node in nodes if node.name() == _BOUNDARY]
+        boundaries = [node for node in nodes if node.name() == BOUNDARY]
         if not boundaries:
             continue
-        leading = _leading_to(boundaries, nodes)
+        leading = leading_to(boundaries, nodes)
         if only_some_inputs:
             raise PrivacyError(
                 "backward(inputs=...) would not reach the parameters of the private model. Leave inputs out; for gradients of "
                 "the model's inputs use torch.autograd.grad."
             )
+        if weighted:
+            raise PrivacyError(
+                "backward(gradient=...) multiplies the loss by a tensor. If it was counted in the batch, one record rescales all "
+                "others. Call loss.backward(), and write a constant factor into the loss as a Python number."
+            )
         _check_scalar(loss)
         for boundary in boundaries:
             boundary.knowledge.scale = scale
         tape, knowledge = boundaries[0].tape, boundaries[0].knowledge
-        if tape.n < 2:
-            continue  # a record by itself rescales nobody, and its own mean and sum cannot be told apart
+        if not tape.n:
+            continue
+        if tape.n > 1:  # a record by itself selects among nobody
+            loss_selections.check_nodes(leading, boundaries, tape.n, knowledge)
         loss_terms.check(loss.grad_fn, leading, tape.n, knowledge)
-        if not knowledge.separable:
+        if tape.n > 1 and not knowledge.separable:
             separable.check(loss, boundaries)
             knowledge.separable = True
-
-
-def _nodes(loss: Tensor) -> Iterator[Any]:
-    """The graph's nodes from the loss down to the boundaries of private models, these included."""
-    seen: set[Any] = set()
-    todo: list[Any] = [loss.grad_fn]
-    while todo and len(seen) < _MOST_NODES:
-        node = todo.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        yield node
-        if node.name() != _BOUNDARY:
-            todo.extend(following for following, _ in node.next_functions)
-
-
-def _leading_to(boundaries: Sequence[Any], nodes: Sequence[Any]) -> list[Any]:
-    """Those of the nodes that have a boundary behind them: the rest of a loss is not about records."""
-    above: dict[Any, list[Any]] = {}
-    for node in nodes:
-        for following, _ in node.next_functions:
-            above.setdefault(following, []).append(node)
-    found: set[Any] = set()
-    todo = list(boundaries)
-    while todo:
-        node = todo.pop()
-        if node not in found:
-            found.add(node)
-            todo.extend(above.get(node, ()))
-    return [node for node in nodes if node in found]
 
 
 def _check_scalar(loss: Tensor) -> None:
