@@ -206,7 +206,7 @@ class DPOptimizer(Optimizer):
         self._refuse_foreign_gradients()  # a hook may have put some there
         self._refuse_unrecorded()
         noise_multiplier = value_at(self.noise_multiplier, self.steps, "noise_multiplier")
-        draws, statistic = self._over_ranks()
+        draws, statistic = self._over_ranks(noise_multiplier)
         epochs = set(self.total.epochs)
         releases = self.spending.releases(noise_multiplier, draws, epochs)
         if self.budget is not None:
@@ -225,10 +225,37 @@ class DPOptimizer(Optimizer):
             self.clip_function.rebound(value_at(self.bound_schedule, self.steps, "max_grad_norm"))
         self._inner_step()
 
-    def _over_ranks(self) -> tuple[int, float]:
-        """The draws in this step (a rank may have left an empty share out) and the clip function's statistic."""
-        found = self.topology.collect([len(self.total.logical_batches), self.total.statistic])
-        return int(max(draws for draws, _ in found)), math.fsum(statistic for _, statistic in found)
+    def _over_ranks(self, noise_multiplier: float) -> tuple[int, float]:
+        """The draws in this step (a rank may have left an empty share out) and the clip function's statistic, of all ranks.
+
+        Raises:
+            PrivacyError: on every rank, where they are about to take different steps.
+        """
+        draws, statistic = self.total.logical_batches, self.total.statistic
+        if self.topology.size == 1:
+            return len(draws), statistic
+        found = self.topology.collect((self._step_facts(noise_multiplier), draws, statistic))
+        for rank, (facts, _, _) in enumerate(found):
+            differ = [name for name, fact in facts.items() if fact != found[0][0][name]]
+            if differ:
+                raise PrivacyError(
+                    f"ranks 0 and {rank} are about to take different steps: {differ[0]} is not the same. Their sums belong to "
+                    f"different draws, or are clipped, noised or applied differently, so the step is not the one that is "
+                    f"accounted. Run the same loop on every rank: the same batches (an empty or bad one too), schedules and "
+                    f"frozen layers."
+                )
+        return len(set().union(*(draws for _, draws, _ in found))), math.fsum(statistic for *_, statistic in found)
+
+    def _step_facts(self, noise_multiplier: float) -> dict[str, object]:
+        """What ranks compare in every step."""
+        groups = [{**group, "params": [p.requires_grad for p in group["params"]]} for group in self.param_groups]
+        return {
+            "the draws since the last step": self.total.span,
+            "noise_multiplier": noise_multiplier,
+            "max_grad_norm": self.max_grad_norm,
+            "expected_batch_size": self.expected_batch_size,
+            "an option of a param_group, or which parameters are trainable,": repr(groups),
+        }
 
     def _write_gradients(self, noise_multiplier: float, size: float) -> None:
         std = self.clip_function.effective_noise_multiplier(noise_multiplier) * self.clip_function.sensitivity

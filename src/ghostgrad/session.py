@@ -104,6 +104,7 @@ class Session:
             loss_reduction=plan.loss_reduction,
             accumulation_steps=1 if loader is None else loader.accumulation_steps,
         )
+        self.recorder.attach()
         self.optimizer = DPOptimizer(
             optimizer,
             function=plan.function,
@@ -118,7 +119,6 @@ class Session:
             bound_schedule=plan.bound_schedule,
             topology=plan.topology,
         )
-        self.recorder.attach()
         setup.claim(plan.module, optimizer, self.optimizer)
         self.at_close: list[Callable[[], None]] = [unsynchronised(plan.module)]
         """What else has to be turned back."""

@@ -101,7 +101,18 @@ def check_module(module: nn.Module) -> None:
             raise ConfigurationError(
                 f"{path or 'the module'} is private already; a second make_private would clip twice. Call engine.detach() first."
             )
+        if isinstance(part, torch.jit.ScriptModule):
+            raise UnsupportedModuleError(
+                f"{path or 'the module'} is a {type(part).__name__}: torch.jit runs it where calls cannot be recorded. Give the "
+                f"Python module that it was made from."
+            )
     for name, p in module.named_parameters():
+        if p._backward_hooks or getattr(p, "_post_accumulate_grad_hooks", None):
+            raise ConfigurationError(
+                f"{name} has a hook of its own (register_hook, register_post_accumulate_grad_hook): while the model is private, "
+                f"gradients of single records go through the clipper and the hook would not see them. Remove it, and look at "
+                f"p.grad in a hook on the optimizer (register_step_pre_hook)."
+            )
         if isinstance(p, nn.parameter.UninitializedParameter):
             raise ConfigurationError(f"{name} has no shape yet; run one forward pass on made-up inputs first.")
         if p.requires_grad and p.is_complex():

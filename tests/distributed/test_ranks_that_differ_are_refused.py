@@ -55,7 +55,7 @@ def make(rank: int, **different: Any) -> str | None:
         ({"options": {"expected_batch_size": 5.0}}, "expected_batch_size"),
         ({"options": {"noise_generator": torch.Generator().manual_seed(0)}}, "source of the noise"),
     ],
-    ids=str,
+    ids=lambda value: value if isinstance(value, str) else "-".join(value),
 )
 def test_every_rank_raises_and_names_what_differs(different: dict[str, Any], named: str) -> None:
     for said in on_ranks(2, lambda rank: make(rank, **different)):

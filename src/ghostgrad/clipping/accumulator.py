@@ -44,7 +44,7 @@ class ClippedSum:
         self._used_before: dict[int, tuple[Tensor, int]] = {}
         self.not_finite = 0
         """Records dropped since the start because their gradient was not finite. Not private: do not publish it."""
-        self._abandoned = self._closed = -1
+        self._abandoned = self._closed = self._closed_draw = -1
         self.clear()
 
     def clear(self) -> None:
@@ -69,8 +69,13 @@ class ClippedSum:
         self._used_before, self._used = self._used, {}
         if self._delivery:
             held = self._delivery()
-            self._closed = held.piece
+            self._closed, self._closed_draw = held.piece, held.logical_batch
             self._empty_batches.pop(held.logical_batch, None)
+
+    @property
+    def span(self) -> tuple[int, int]:
+        """The last draw of the step before, and the draw that is held now: the same on all ranks that run one loop."""
+        return self._closed_draw, self._delivery().logical_batch if self._delivery else -1
 
     @property
     def holds(self) -> bool:
@@ -145,7 +150,8 @@ class ClippedSum:
             raise PrivacyError(
                 f"{used} rows of this batch went through a backward, but the private loader handed out "
                 f"{delivery.records} records: a record would count more than once in the step. Call backward once for each "
-                f"record (add losses up before backward), and keep one row for each record."
+                f"record (add losses up before backward), keep one row for each record, and train on a batch before the next one "
+                f"is fetched (a prefetcher around the loader does not)."
             )
 
     def _check_plausible(self, n: int) -> None:

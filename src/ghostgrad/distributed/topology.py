@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -13,6 +13,8 @@ from torch import Tensor
 
 from ghostgrad.errors import ConfigurationError
 from ghostgrad.keys import RunKey
+
+Fact = TypeVar("Fact")
 
 
 class Topology(ABC):
@@ -48,15 +50,15 @@ class Topology(ABC):
         """Replace each tensor, in place, by its sum over the ranks."""
 
     @abstractmethod
-    def collect(self, numbers: Sequence[float]) -> list[list[float]]:
-        """The numbers of each rank, by rank."""
+    def collect(self, fact: Fact) -> list[Fact]:
+        """The fact of each rank, by rank."""
 
 
 class Alone(Topology):
     """One process: nothing to exchange.
 
-    >>> Alone().collect([1.0, 2.0])
-    [[1.0, 2.0]]
+    >>> Alone().collect("here")
+    ['here']
     """
 
     def agree(self, facts: Mapping[str, object]) -> None:
@@ -68,8 +70,8 @@ class Alone(Topology):
     def add_up(self, tensors: Sequence[Tensor]) -> None:
         """They are the sums."""
 
-    def collect(self, numbers: Sequence[float]) -> list[list[float]]:
-        return [[float(number) for number in numbers]]
+    def collect(self, fact: Fact) -> list[Fact]:
+        return [fact]
 
 
 class Ranks(Topology):
@@ -125,9 +127,9 @@ class Ranks(Topology):
             for tensor, part in zip(bucket, torch.split(flat, [tensor.numel() for tensor in bucket]), strict=True):
                 tensor.copy_(part.view_as(tensor))
 
-    def collect(self, numbers: Sequence[float]) -> list[list[float]]:
+    def collect(self, fact: Fact) -> list[Fact]:
         found: list[Any] = [None] * self.size
-        dist.all_gather_object(found, [float(number) for number in numbers])
+        dist.all_gather_object(found, fact)
         return found
 
 

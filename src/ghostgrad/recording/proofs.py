@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -16,7 +17,7 @@ from torch.overrides import TorchFunctionMode
 
 from ghostgrad.errors import PrivacyError
 from ghostgrad.layers import Call, Rows, Rule
-from ghostgrad.recording.rows import without_first
+from ghostgrad.recording.rows import with_first_replaced, without_first
 from ghostgrad.tree import map_tensors, tensors
 
 _TOLERANCE = {torch.float64: 1e-7, torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 5e-2}
@@ -74,33 +75,94 @@ def check_call(rule: Rule, call: Call, keep: Tensor) -> bool:
     return shown
 
 
+class Linearity:
+    """Holds the gradients of two complementary halves of the records to those of the whole: a backward is linear.
+
+    One that is not (a hook or a function that divides by the norm of the batch's gradient) lets each record rescale the others,
+    though the rows of records without a gradient stay zero. Gradients are compared by a random projection, so nothing is kept.
+    """
+
+    def __init__(self) -> None:
+        self._sums: dict[tuple[str, int], Tensor] = {}
+        self._calls: Counter[str] = Counter()
+
+    def begin(self) -> None:
+        """Another backward through the same graph."""
+        self._calls.clear()
+
+    def note(self, call: Call) -> None:
+        """The gradient of one half arrived at a call."""
+        key = self._next(call)
+        self._sums[key] = self._sums.get(key, torch.zeros(2, dtype=torch.float64)) + _projected(call)
+
+    def check(self, call: Call) -> None:
+        """The gradient of the whole arrived.
+
+        Raises:
+            PrivacyError: it is not the sum of those of the halves.
+        """
+        known = self._sums.get(self._next(call)) if self._sums else None
+        if known is None:
+            return
+        whole = _projected(call)
+        kind = next(grad.dtype for grad in call.grad_outputs if grad is not None)
+        gap, size = (whole[0] - known[0]).abs(), torch.maximum(whole[1], known[1])
+        if bool(gap.isfinite() & (gap > _TOLERANCE.get(kind, 1e-3) * size)):
+            raise PrivacyError(
+                f"{call.path}: the gradient that arrives for the batch is not the sum of those of its records, so each record "
+                f"rescales the others (a backward hook or an autograd function that normalises over the batch). Normalise within "
+                f"each record, or leave it out: clipping bounds gradients already."
+            )
+
+    def _next(self, call: Call) -> tuple[str, int]:
+        self._calls[call.path] += 1
+        return call.path, self._calls[call.path]
+
+
+def _projected(call: Call) -> Tensor:
+    """A random projection of the gradients of a call's outputs, and their norm."""
+    generator = torch.Generator().manual_seed(0)
+    total = torch.zeros(2, dtype=torch.float64)
+    for grad in call.grad_outputs:
+        if grad is not None:
+            direction = torch.randn(grad.shape, generator=generator, dtype=torch.float32)
+            value = grad.detach().cpu().double()
+            total += torch.stack([(value * direction).sum(), value.norm()])
+    return total
+
+
 def check_forward(root: nn.Module, args: Any, kwargs: Any, n: int, *, batch_first: bool) -> None:
-    """Leave one record out of the forward: the outputs of the others must stay, and so must what is written to buffers.
+    """Put another record in the place of one, and leave one out: the outputs of the others must stay, and so must the buffers.
 
     Finds what gradients cannot see: detached batch statistics, expert capacity, statistics of the model's own input, sums
-    of records kept in a buffer. Runs the model on copies, in training mode (without dropout) and in eval mode; its buffers
-    and the random state stay untouched. A mode in which it draws random numbers cannot be compared and is passed over.
+    of records kept in a buffer. Runs the model on copies, in training mode and in eval mode; its buffers and the random state
+    stay untouched. Where the model draws random numbers itself (dropout is left out) no record is left out: others would then get
+    other numbers.
 
     Raises:
         PrivacyError: when an output of a record, or a buffer, depends on another record.
     """
     rows = Rows(n, batch_first, type(root).__name__)
     batch = (args, kwargs)
-    rest = without_first(batch, n, batch_first=batch_first)
+    changed = with_first_replaced(batch, n, batch_first=batch_first)
+    fewer = without_first(batch, n, batch_first=batch_first)
     for training in (True, False):
         with torch.no_grad(), torch.random.fork_rng(), _mode(root, training=training), NoDraws():
-            try:
-                whole, again = _forward(root, batch, seed=0), _forward(root, batch, seed=1)
-                if any(
-                    not torch.equal(a.nan_to_num(), b.nan_to_num()) for a, b in zip(whole[0], again[0], strict=True)
-                ):
-                    continue
-                without = _forward(root, rest, seed=0)
-            except (RuntimeError, ValueError, AssertionError, IndexError):
-                continue  # the model does not run on fewer records; the gradient proof still holds it to its rows
-        for before, after in zip(whole[0], without[0], strict=True):
-            _compare(rows, before, after)
-        _compare_buffers(rows.path, whole[1], without[1])
+            whole = _forward(root, batch, seed=0)
+            if whole is None or not _equal(whole, _forward(root, batch, seed=0)):
+                continue  # nothing can be compared; the gradient proof still holds the model to its rows
+            others = [_forward(root, changed, seed=0)]
+            if _equal(whole, _forward(root, batch, seed=1)):
+                others.append(_forward(root, fewer, seed=0))
+        for other in others:
+            if other is not None:
+                _compare_all(rows, whole, other)
+
+
+def _compare_all(rows: Rows, before: _Outcome, after: _Outcome) -> None:
+    for first, second in zip(before[0], after[0], strict=True):
+        _compare(rows, first, second)
+    _compare_buffers(rows.path, before[1], after[1])
 
 
 @contextmanager
@@ -111,14 +173,27 @@ def no_gradients() -> Iterator[None]:
         yield
 
 
-def _forward(root: nn.Module, batch: Any, *, seed: int) -> tuple[list[Tensor], dict[str, Tensor]]:
-    """Floating-point outputs, and the buffers as the forward left them."""
+_Outcome = tuple[list[Tensor], dict[str, Tensor]]
+"""Floating-point outputs of a forward, and the buffers as it left them."""
+
+
+def _forward(root: nn.Module, batch: Any, *, seed: int) -> _Outcome | None:
+    """None where the model does not run on these records."""
     torch.manual_seed(seed)
     args, kwargs = map_tensors(lambda t: t.detach().clone(), batch)
     buffers = {name: buffer.clone() for name, buffer in root.named_buffers()}
-    with no_gradients():
-        outputs = tensors(functional_call(root, buffers, args, kwargs))
+    try:
+        with no_gradients():
+            outputs = tensors(functional_call(root, buffers, args, kwargs))
+    except (RuntimeError, ValueError, AssertionError, LookupError, TypeError):
+        return None
     return [t for t in outputs if t.is_floating_point()], buffers
+
+
+def _equal(one: _Outcome, other: _Outcome | None) -> bool:
+    return other is not None and all(
+        torch.equal(a.nan_to_num(), b.nan_to_num()) for a, b in zip(one[0], other[0], strict=True)
+    )
 
 
 def _compare(rows: Rows, before: Tensor, after: Tensor) -> None:
@@ -126,12 +201,13 @@ def _compare(rows: Rows, before: Tensor, after: Tensor) -> None:
     if dim is None:
         return
     fold = before.shape[dim] // rows.n
-    before = before.narrow(dim, fold, before.shape[dim] - fold)
-    if before.shape != after.shape or not _close(before, after):
+    kept = before.narrow(dim, fold, before.shape[dim] - fold)
+    same = after.narrow(dim, fold, kept.shape[dim]) if after.shape == before.shape else after
+    if kept.shape != same.shape or not _close(kept, same):
         raise PrivacyError(
-            f"{rows.path}: the output for a record changes when another record leaves the batch, so a record's influence is "
-            f"not bounded by clipping its own gradient. Remove what depends on the whole batch (statistics over the batch, "
-            f"capacity limits, in-batch comparisons), or compute it within each record."
+            f"{rows.path}: the output for a record changes when another record leaves the batch or changes, so a record's "
+            f"influence is not bounded by clipping its own gradient. Remove what depends on the whole batch (statistics over the "
+            f"batch, capacity limits, in-batch comparisons), or compute it within each record."
         )
 
 

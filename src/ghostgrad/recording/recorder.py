@@ -20,8 +20,9 @@ from ghostgrad.recording.hooks import Hook, calls_under_way, compile_again, leav
 from ghostgrad.recording.losses import LossKnowledge, watch
 from ghostgrad.recording.modules import Modules
 from ghostgrad.recording.probe import Boundary
+from ghostgrad.recording.refusals import check_batch_norms, check_same_records
 from ghostgrad.recording.rehearsal import Rehearsal
-from ghostgrad.recording.rows import count_records, no_rows, one_row_of_zeros, permuted, rows_of
+from ghostgrad.recording.rows import count_records, no_rows, one_row_of_zeros, rows_of
 from ghostgrad.recording.tape import Delivery, Recording, Tape
 from ghostgrad.tree import flatten, map_tensors, tensors
 
@@ -109,6 +110,7 @@ class Recorder:
         self._keep: Tensor | None = None
         self._shown: set[str] = set()
         """Modules at which a gradient arrived in the isolation under way."""
+        self._linearity = proofs.Linearity()
         self._round: list[Recording] = []
         self._live: weakref.WeakSet[Tape] = weakref.WeakSet()
         self._round_task = -1
@@ -225,9 +227,12 @@ class Recorder:
             return
         if self._phase is Phase.ISOLATION:
             assert self._keep is not None
+            self._linearity.note(call)
             if proofs.check_call(rule, call, self._keep):
                 self._shown.add(call.path)
             return
+        if self._phase is Phase.MEASURE:
+            self._linearity.check(call)
         with self.modules.paused():
             uses = rule.uses(call)
         routes = {}
@@ -303,13 +308,16 @@ class Recorder:
                     f"the predictions and compute the loss outside."
                 )
         recording.grads = [None if grad is None else grad * self._scale(tape) for grad in grads]
+        self._linearity = proofs.Linearity()
         if tape.unproved and tape.n > 1:
             self._shown.clear()
             for keep in proofs.random_halves(tape.n):
                 self._keep = keep
+                self._linearity.begin()
                 self._run(recording, Phase.ISOLATION, proofs.mask_records(recording.grads, rows, keep), retain=True)
             self.modules.prove(tape.unproved, self._shown)
             self._take_input_grads(tape, 1.0)
+            self._linearity.begin()
         self._run(recording, Phase.MEASURE, recording.grads, retain=self.sink.two_passes)
         self._check_foreign_gradients()
 
@@ -359,38 +367,3 @@ class Recorder:
                     f"earlier backward was not cleared (call optimizer.zero_grad()). Call the module itself, and use the "
                     f"optimizer's weight_decay for a penalty."
                 )
-
-
-def check_same_records(tapes: Sequence[Tape]) -> None:
-    """Forwards that are joined in one backward must hold the same records in the same rows.
-
-    Raises:
-        PrivacyError: for another number of records, or the same ones in another order.
-    """
-    first = tapes[0]
-    for other in tapes[1:]:
-        if other.n != first.n:
-            raise PrivacyError(
-                f"one backward joined forwards of {first.n} and {other.n} records. Row i of each forward is taken as record i, "
-                f"so they must have the same records. Call backward once for each batch."
-            )
-        if first.rows is not None and other.rows is not None and permuted(first.rows, other.rows):
-            raise PrivacyError(
-                "one backward joined two forwards of the same records in another order (flipped, rolled or shuffled): row i of "
-                "each is taken as record i, but holds another record. Compare views of one record, not records with each other."
-            )
-
-
-def check_batch_norms(root: nn.Module) -> None:
-    """Refuse batch norms that would use the statistics of the batch, whether or not they train.
-
-    Raises:
-        PrivacyError: naming the module; ``model.train()`` may have put a frozen one back into training mode.
-    """
-    for path, module in root.named_modules():
-        if isinstance(module, nn.modules.batchnorm._BatchNorm) and (module.training or module.running_mean is None):
-            raise PrivacyError(
-                f"{path or 'the module'}: {type(module).__name__} normalises with the statistics of the batch, so every record "
-                f"changes the output of the others. Keep it in eval mode (call {path or 'module'}.eval() after "
-                f"model.train()), or replace it: ModuleValidator.fix(model) puts GroupNorm in its place."
-            )

@@ -63,6 +63,18 @@ def without_first(tree: Any, n: int, *, batch_first: bool) -> Any:
     return map_tensors(cut, tree)
 
 
+def with_first_replaced(tree: Any, n: int, *, batch_first: bool) -> Any:
+    """The call's arguments with the second record in the place of the first too: as many records, one of them another."""
+    dim = 0 if batch_first else 1
+
+    def put(tensor: Tensor) -> Tensor:
+        if tensor.dim() <= dim or tensor.shape[dim] != n:
+            return tensor
+        return torch.cat([tensor.narrow(dim, 1, 1), tensor.narrow(dim, 1, n - 1)], dim)
+
+    return map_tensors(put, tree)
+
+
 def rows_of(args: Any, kwargs: Any, n: int, *, batch_first: bool) -> Tensor | None:
     """The first tensor of a call that holds the records, with them first; None if there is none."""
     dim = 0 if batch_first else 1
@@ -72,9 +84,11 @@ def rows_of(args: Any, kwargs: Any, n: int, *, batch_first: bool) -> Tensor | No
     return None
 
 
-def permuted(first: Tensor, second: Tensor) -> bool:
-    """Whether two tensors hold the same rows in another order."""
+def displaced(first: Tensor, second: Tensor) -> bool:
+    """Whether one tensor holds the rows of the other in other places: all of them, or in at least half of its own."""
     if first.shape != second.shape or first.dtype != second.dtype or torch.equal(first, second):
         return False
-    sums = [tensor.reshape(len(tensor), -1).double().sum(1) for tensor in (first, second)]
-    return torch.equal(sums[0].sort().values, sums[1].sort().values) and not torch.equal(*sums)
+    a, b = (tensor.reshape(len(tensor), -1).double().sum(1) for tensor in (first, second))
+    elsewhere = torch.isin(b, a) & (a != b)
+    reordered = torch.equal(a.sort().values, b.sort().values) and bool(elsewhere.any())
+    return reordered or 2 * int(elsewhere.sum()) >= len(b)
