@@ -11,7 +11,15 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset, WeightedRandomSampler
 
-from ghostgrad import BudgetExhausted, ConfigurationError, FlatClipping, GhostgradError, PrivacyEngine, PrivacyError
+from ghostgrad import (
+    BudgetExhausted,
+    ConfigurationError,
+    FlatClipping,
+    GhostgradError,
+    PrivacyEngine,
+    PrivacyError,
+    UnsupportedModuleError,
+)
 
 
 def arguments() -> dict[str, Any]:
@@ -80,6 +88,19 @@ def test_module_without_trainable_parameters() -> None:
     given = arguments()
     given["module"].requires_grad_(False)
     assert_refused(given, "no trainable parameters")
+
+
+def test_a_scripted_module() -> None:
+    module = torch.jit.script(nn.Linear(4, 2))
+    changed = {"module": module, "optimizer": torch.optim.SGD(module.parameters(), lr=0.1)}
+    assert_refused(arguments() | changed, "torch[.]jit", UnsupportedModuleError)
+
+
+@pytest.mark.parametrize("kind", ["register_hook", "register_post_accumulate_grad_hook"])
+def test_hooks_on_parameters(kind: str) -> None:
+    given = arguments()
+    getattr(given["module"][0].weight, kind)(lambda value: None)
+    assert_refused(given, "0.weight has a hook of its own")
 
 
 def test_something_that_is_not_a_module() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -323,6 +324,65 @@ def test_a_head_of_zeros_does_not_hide_that_records_meet(mode: str, mix: Callabl
     with pytest.raises(PrivacyError):
         released_sum(model, cross_entropy, x, y, mode)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    "mix",
+    [
+        lambda m, h: h - h.mean(0).detach(),
+        lambda m, h: h / len(h),
+        lambda m, h: h * (torch.arange(len(h)) < 3).view(-1, 1),  # an expert's capacity
+        lambda m, h: h + torch.zeros_like(h).masked_fill_(h.detach() > h.detach().median(0).values, 1.0),
+    ],
+    ids=["centred", "divided by the size", "capacity", "above the median"],
+)
+def test_random_numbers_in_the_model_do_not_hide_that_records_meet(mix: Callable[[nn.Module, Tensor], Tensor]) -> None:
+    """A variational model, noisy gating: no two forwards are alike, with one record fewer least of all."""
+    _, x, y = classifier()
+    model = Mixing(lambda m, h: mix(m, h) + 0.1 * torch.randn_like(h) + 0.1 * h * torch.rand(h.shape[1]))
+    with pytest.raises(PrivacyError, match="the output for a record changes"):
+        released_sum(model, cross_entropy, x, y, "bk")
+
+
+def test_a_model_that_draws_for_each_record_is_trained() -> None:
+    _, x, y = classifier()
+    model = Mixing(lambda m, h: h + 0.1 * torch.randn_like(h) + torch.empty(h.shape).bernoulli_(0.5).to(h))
+    assert 0 < released_sum(model, cross_entropy, x, y, "bk").norm() <= 6 * C
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("where", ["hook", "function"])
+def test_a_backward_that_normalises_over_the_batch_is_refused(mode: str, where: str) -> None:
+    class Normalised(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, h: Tensor) -> Tensor:
+            return h.clone()
+
+        @staticmethod
+        def backward(ctx: Any, grad: Tensor) -> Tensor:
+            return grad / grad.norm()
+
+    def mix(m: nn.Module, h: Tensor) -> Tensor:
+        if where == "function":
+            return Normalised.apply(h)
+        if h.requires_grad:
+            h.register_hook(lambda grad: grad / grad.norm())
+        return h
+
+    _, x, y = classifier()
+    with pytest.raises((PrivacyError, UnsupportedModuleError), match=r"not the sum of those of its records|alone"):
+        released_sum(Mixing(mix), cross_entropy, x, y, mode)
+
+
+def test_negatives_drawn_from_the_batch_are_refused() -> None:
+    model, x, y = classifier()
+    drawn = torch.tensor([3, 3, 0, 1, 5, 2])
+
+    def triplet(m: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+        return F.triplet_margin_loss(m(x), m(x + 0.1), m(x[drawn]))
+
+    with pytest.raises(PrivacyError, match="same records in other places"):
+        released_sum(model, triplet, x, y, "bk")
 
 
 def test_dropout_does_not_hide_that_records_meet() -> None:
