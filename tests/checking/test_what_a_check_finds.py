@@ -238,3 +238,19 @@ def test_in_batch_negatives():
 
     report = check(mlp(), table(), contrastive)
     assert {LOSS, SUM, *EXACT} <= set(failing(report))
+
+
+def test_a_criterion_that_checks_itself_is_a_finding_and_not_an_error():
+    def by_tokens(logits: Tensor, labels: Tensor) -> Tensor:
+        counted = (labels != 2).double()
+        return (F.cross_entropy(logits, labels, reduction="none") * counted).sum() / counted.sum().clamp(min=1).item()
+
+    engine, model = PrivacyEngine(seed=0), mlp()
+    engine_model, _, criterion, _ = engine.make_private(
+        module=model, optimizer=torch.optim.SGD(model.parameters(), lr=0.1), data_loader=None, sample_rate=0.5,
+        expected_batch_size=3, noise_multiplier=1.0, max_grad_norm=1.0, criterion=by_tokens,
+    )  # fmt: skip
+    assert engine_model is model
+    report = engine.check(table(), lambda m, b: criterion(m(b[0]), b[1]), verbose=False)
+    assert LOSS in failing(report)
+    assert "taken apart" in " ".join(str(report).split())

@@ -41,6 +41,16 @@ def test_the_step_is_that_of_the_loss_before_it_was_scaled(mode, loss_reduction,
 
 
 @pytest.mark.parametrize("mode", MODES)
+def test_the_records_losses_may_be_scaled_before_their_mean_is_taken(mode):
+    expected, bound = truth(TinyGPT)
+    model, optimizer = private(drawn(TinyGPT), mode, bound)
+    scaler = GradScaler("cpu")
+    scaler.scale(next_word(model, sentences())).mean().backward()
+    scaler.step(optimizer)
+    assert_same_gradients({name: p.grad for name, p in model.named_parameters()}, expected, relative=1e-9)
+
+
+@pytest.mark.parametrize("mode", MODES)
 def test_a_record_alone_is_unscaled_too(mode):
     (alone,) = gradients_of_each_record(drawn(TinyGPT), next_word, [sentences(1)])
     model, optimizer = private(drawn(TinyGPT), mode, 1e3, expected_batch_size=1)

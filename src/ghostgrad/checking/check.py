@@ -13,7 +13,7 @@ from ghostgrad import setup
 from ghostgrad.checking.records import Batch, Gradients, LossFunction, Subject, add, norm, randomness_kept
 from ghostgrad.checking.report import CheckReport, Finding
 from ghostgrad.clipping import ClippedSum, Clipper, FlatClipping, Mode
-from ghostgrad.errors import ConfigurationError, GhostgradError, choose
+from ghostgrad.errors import ConfigurationError, GhostgradError, PrivacyError, UnsupportedModuleError, choose
 from ghostgrad.layers import Rows
 from ghostgrad.recording import Recorder
 from ghostgrad.recording.proofs import no_gradients
@@ -113,7 +113,7 @@ class _Check:
             finite = [i for i, size in enumerate(norms) if math.isfinite(size)]
             self._note_finite(len(norms), finite)
             if len(finite) > 1:
-                self._note_touching(finite)
+                self._note_touching_or_refusal(finite)
             bound = max_grad_norm or _middle([norms[i] for i in finite])
         else:
             bound = max_grad_norm or 1.0
@@ -170,6 +170,12 @@ class _Check:
         )
 
     # ------------------------------------------------------------------ records that touch each other
+
+    def _note_touching_or_refusal(self, finite: Sequence[int]) -> None:
+        try:
+            self._note_touching(finite)
+        except (PrivacyError, UnsupportedModuleError) as error:  # a criterion of make_private, which checks itself
+            self._note("the loss treats records one by one", False, f"refused: {type(error).__name__}", str(error))
 
     def _note_touching(self, finite: Sequence[int]) -> None:
         """Leave each record out: neither the outputs for the others nor the loss's gradients of these may move."""
