@@ -90,6 +90,7 @@ def test_module_without_trainable_parameters() -> None:
     assert_refused(given, "no trainable parameters")
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script. is deprecated")
 def test_a_scripted_module() -> None:
     module = torch.jit.script(nn.Linear(4, 2))
     changed = {"module": module, "optimizer": torch.optim.SGD(module.parameters(), lr=0.1)}

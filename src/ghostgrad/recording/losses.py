@@ -115,12 +115,12 @@ def check_losses(losses: Sequence[Tensor], *, weighted: bool = False, only_some_
                 "backward(inputs=...) would not reach the parameters of the private model. Leave inputs out; for gradients of "
                 "the model's inputs use torch.autograd.grad."
             )
+        _check_scalar(loss)
         if weighted:
             raise PrivacyError(
                 "backward(gradient=...) multiplies the loss by a tensor. If it was counted in the batch, one record rescales all "
                 "others. Call loss.backward(), and write a constant factor into the loss as a Python number."
             )
-        _check_scalar(loss)
         for boundary in boundaries:
             boundary.knowledge.scale = scale
         tape, knowledge = boundaries[0].tape, boundaries[0].knowledge
