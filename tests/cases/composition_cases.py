@@ -181,6 +181,27 @@ def nested(model: nn.Module, a: Tensor, b: Tensor) -> Tensor:
     return model({"pair": (a, b), "name": "text"}, scale=0.5)
 
 
+class KeywordsOnly(nn.Module):
+    """Called by keyword only, and calls its parts so; with an argument that says nothing of the records."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.table, self.norm = nn.Linear(4, 3), nn.Embedding(5, 3), nn.LayerNorm(3)
+
+    def forward(self, *, x: Tensor, ids: Tensor, scale: float, mask: Tensor | None = None) -> Tensor:
+        return self.norm(input=torch.tanh(self.layer(input=x)) + scale * self.table(input=ids))
+
+
+def by_keyword(model: nn.Module, x: Tensor, ids: Tensor) -> Tensor:
+    return model(ids=ids, scale=0.5, mask=None, x=x)
+
+
+def two_heads_two_losses(model: nn.Module, x: Tensor) -> dict[str, Tensor]:
+    """Two forwards and three outputs with a loss each, all in one backward."""
+    (first, second), other = model(x), model(x.flip(1))
+    return {"a": first, "b": second.exp(), "c": other[0] * 2}
+
+
 def time_first(*shape: int) -> Any:
     return lambda: (torch.randn(shape[0], RECORDS, *shape[1:], dtype=torch.float64),)
 
@@ -210,6 +231,8 @@ CASES = [
     Case("siamese", lambda: nn.Sequential(nn.Linear(4, 3), nn.Tanh(), nn.Linear(3, 3)), randn(4), run=siamese),
     Case("siamese-product", lambda: nn.Sequential(nn.Linear(4, 3), nn.LayerNorm(3)), randn(4), run=siamese_distance),
     Case("siamese-convs", lambda: nn.Sequential(nn.Conv1d(4, 3, 2), nn.PReLU()), randn(4, 3), run=siamese),
+    Case("keywords-only", KeywordsOnly, lambda: (*randn(4)(), *ids(5)()), run=by_keyword),
+    Case("several-outputs-and-losses", lambda: Outputs("namedtuple"), randn(4), run=two_heads_two_losses),
     Case("time-first", TimeFirst, lambda: (torch.randint(5, (4, RECORDS)),), dims=(1,), out_dim=1, batch_first=False),
     Case("time-first-pooled", TimeFirstPooled, time_first(3, 4), dims=(1,), out_dim=1, batch_first=False),
     Case("time-first-lstm", TimeFirstLSTM, time_first(3, 4), dims=(1,), out_dim=1, batch_first=False),

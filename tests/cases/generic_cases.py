@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from layer_case import RECORDS, Case, frozen, randn
 from torch import Tensor, nn
@@ -114,8 +116,41 @@ class Standardised(nn.Conv2d):
         return self._conv_forward(input, weight / (weight.std((1, 2, 3), keepdim=True) + 0.1), self.bias)
 
 
-def weight_normed() -> nn.Module:
-    return nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(4, 3)), nn.Tanh())
+def parametrised(kind: Callable[..., nn.Module], layer: Callable[[], nn.Module]) -> Callable[[], nn.Module]:
+    """A layer whose weight is computed from other parameters, between two layers of the usual kind."""
+    return lambda: nn.Sequential(nn.Linear(4, 4), kind(layer()), nn.Tanh(), nn.Linear(3, 2))
+
+
+class Symmetric(nn.Module):
+    """A parametrization of one's own."""
+
+    def forward(self, weight: Tensor) -> Tensor:
+        return weight.triu() + weight.triu(1).mT
+
+
+def symmetric() -> nn.Module:
+    layer = nn.Linear(4, 4)
+    nn.utils.parametrize.register_parametrization(layer, "weight", Symmetric())
+    return nn.Sequential(nn.Linear(4, 4), layer, nn.Tanh())
+
+
+class Temperature(nn.Module):
+    """Scores of a learnable temperature, and a shift and a gain that are expanded or joined."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.temperature, self.gain = nn.Parameter(torch.ones(())), nn.Parameter(torch.ones(1, 4))
+        self.shift, self.query, self.first = (
+            nn.Parameter(torch.ones(4)),
+            nn.Parameter(torch.ones(2, 4)),
+            nn.Linear(4, 4),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x) * self.gain.expand(x.shape[1], 4) + self.shift
+        queries = self.query.expand(len(x), -1, -1)
+        scores = queries @ x.mT * self.temperature.exp()
+        return torch.cat([queries, scores.softmax(-1) @ x], 1)
 
 
 def two_inputs() -> tuple[Tensor, ...]:
@@ -135,7 +170,14 @@ CASES = [
     Case("subclass-with-its-own-forward", lambda: nn.Sequential(OwnLinear(4, 3), nn.Tanh()), randn(4)),
     Case("subclass-of-linear", lambda: nn.Sequential(NamedLinear(4, 3), nn.Tanh()), randn(4)),
     Case("standardised-convolution", lambda: Standardised(2, 3, 2), randn(2, 3, 3)),
+    Case("weight-norm", parametrised(nn.utils.parametrizations.weight_norm, lambda: nn.Linear(4, 3)), randn(4)),
+    Case("weight-norm-sequence", parametrised(nn.utils.parametrizations.weight_norm, lambda: nn.Linear(4, 3)), randn(3, 4)),
+    Case("orthogonal", parametrised(nn.utils.parametrizations.orthogonal, lambda: nn.Linear(4, 3)), randn(4)),
+    Case("weight-norm-convolution", lambda: nn.Sequential(
+        nn.utils.parametrizations.weight_norm(nn.Conv1d(2, 3, 2)), nn.Tanh()), randn(2, 5)),
+    Case("parametrization-of-ones-own", symmetric, randn(4)),
+    Case("temperature", Temperature, randn(3, 4)),
     Case("counting-buffer", lambda: nn.Sequential(Counting(), nn.Linear(4, 2)), randn(4)),
     Case("lstm", lambda: Recurrent(nn.LSTM), randn(3, 4)),
     Case("gru", lambda: Recurrent(nn.GRU), randn(3, 4)),
-]
+]  # fmt: skip

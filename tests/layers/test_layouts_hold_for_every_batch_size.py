@@ -14,7 +14,7 @@ from single_record import Gradients, assert_same_gradients, bound_that_clips_som
 from single_record import gradients_of_each_record as one_by_one
 from torch import Tensor, nn
 
-from ghostgrad import PrivacyEngine
+from ghostgrad import GhostgradError, PrivacyEngine
 
 SIZES = range(1, 13)
 
@@ -169,3 +169,39 @@ def test_every_size_of_batch_is_exact_whatever_the_first_was(name: str, first: i
         run(name, model, records(name)[:n]).mean().backward()
         optimizer.step()
         assert_same_gradients(read(model), expected_gradient(each[:n], bound, expected_batch_size=4), relative=1e-9)
+
+
+class Weighted(nn.Module):
+    """Weights that all records share, [1, 4], or that come one for each, [n, 4]; it hides how many there are."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.own = nn.Parameter(torch.ones(4))
+
+    def forward(self, x: Tensor, weights: Tensor) -> Tensor:
+        weights = weights if len(weights) == len(x) else weights.mean(0, keepdim=True)
+        return torch.sin(x * self.own) * weights
+
+
+class Outer(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.inner = nn.Linear(4, 4), Weighted()
+
+    def forward(self, x: Tensor, weights: Tensor) -> Tensor:
+        return self.inner(self.first(x), weights)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_what_all_records_shared_and_then_comes_one_for_each_is_not_taken_for_shared(mode: str) -> None:
+    torch.manual_seed(0)
+    model, x, weights = Outer().double(), torch.randn(5, 4, dtype=torch.float64), torch.randn(5, 4, dtype=torch.float64)
+    model, optimizer, _ = PrivacyEngine(seed=0).make_private(
+        module=model, optimizer=torch.optim.SGD(model.parameters(), lr=0.0), data_loader=None, sample_rate=0.5,
+        expected_batch_size=4, noise_multiplier=0.0, max_grad_norm=1.0, grad_sample_mode=mode,
+    )  # fmt: skip
+    model(x, weights[:1]).sum(1).mean().backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    with pytest.raises(GhostgradError, match=r"^inner: "):
+        model(x, weights).sum(1).mean().backward()

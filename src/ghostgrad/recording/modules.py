@@ -184,11 +184,15 @@ class Modules:
 
 
 def _places(rows: Rows, inputs: Sequence[Tensor], outs: Sequence[Tensor]) -> Iterator[tuple[int, int | None, bool]]:
-    """What the proof of a call is about: how many dimensions each tensor has, which one the records are in, and whether alone."""
+    """What the proof of a call is about: how many dimensions each tensor has, which one the records are in, and whether alone.
+
+    One in which there are none, but could be, is looked at again: what all records shared may have come one for each.
+    """
     for find, found in ((rows.input, inputs), (rows.output, outs)):
         for i, tensor in enumerate(found):
             dim = find(i, tensor)
-            yield tensor.dim(), dim, dim is not None and tensor.shape[dim] == rows.n
+            could = bool(tensor.dim()) and tensor.shape[0] % rows.n == 0
+            yield tensor.dim(), dim, could if dim is None else tensor.shape[dim] == rows.n
 
 
 def _autocast(device: str) -> torch.autocast | None:
