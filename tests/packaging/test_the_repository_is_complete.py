@@ -50,7 +50,8 @@ def test_every_make_command_in_the_text_exists(page):
 def test_continuous_integration_runs_the_command_of_the_readme():
     script = read(".ci/run")
     assert os.access(ROOT / ".ci/run", os.X_OK)
-    assert "make test" in script
+    assert "make test\n" in script
+    assert "make test-trainers\n" in script
     for step in ("lint", "types", "docs"):
         assert step in script
 
