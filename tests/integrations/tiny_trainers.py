@@ -6,13 +6,15 @@ import copy
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
-import transformers
 from torch import Tensor, nn
 
 from ghostgrad.integrations.plan import PrivacyPlan
 from ghostgrad.integrations.record_losses import record_losses
 from ghostgrad.integrations.transformers import DPTrainer
+
+transformers = pytest.importorskip("transformers")
 
 SMALL = {"vocab_size": 31, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 TEXTS = 40
