@@ -10,10 +10,24 @@ import torch
 from torch import Tensor
 
 from ghostgrad.errors import PrivacyError
-from ghostgrad.recording.loss_graph import is_python_number, shapes
+from ghostgrad.recording.loss_graph import BOUNDARY, is_python_number, shapes
 from ghostgrad.recording.scalers import is_scaled
 
 _MEAN = 1
+_RESHAPING = (
+    "View",
+    "Reshape",
+    "Unsafe",
+    "AsStrided",
+    "Split",
+    "Unflatten",
+    "Select",
+    "Slice",
+    "Unbind",
+    "Chunk",
+    "Squeeze",
+)
+"""Operations that give the same elements other dimensions."""
 _RANKING = frozenset(
     {
         "Topk", "Sort", "Kthvalue", "Max", "Min", "Amax", "Amin", "Aminmax", "Mode", "Median", "Nanmedian", "Cumsum", "Cumprod",
@@ -40,7 +54,7 @@ def check_nodes(nodes: Sequence[Any], boundaries: Sequence[Any], n: int, knowled
         _check_ranking(node, n, record_dim)
         if knowledge.reduction == "mean":
             _check_selection(node, n)
-    _check_pairs(nodes, boundaries, n, knowledge)
+    _check_pairs(nodes, n, knowledge)
 
 
 def _check_divisor(node: Any) -> None:
@@ -143,15 +157,13 @@ def _reorders(node: Any, n: int, indices: Any) -> bool:
     return not torch.equal(whose, torch.arange(n, device=index.device).repeat_interleave(len(index) // n))
 
 
-def _check_pairs(nodes: Sequence[Any], boundaries: Sequence[Any], n: int, knowledge: Any) -> None:
-    """A tensor with a second dimension of n holds something of each record with each other record.
+def _check_pairs(nodes: Sequence[Any], n: int, knowledge: Any) -> None:
+    """An operation that adds a second dimension of n sets each record against each other one.
 
     So does a [n, 1] output less an [n] target, and a product with the (detached) embeddings of the batch. A size that was not
     n in an earlier batch is n by chance.
     """
-    most = max((sum(size == n for size in shape) for node in boundaries for shape in shapes(node)), default=1)
-    paired = any(sum(size == n for size in shape) > max(1, most) for node in nodes for shape in shapes(node))
-    if not paired:
+    if not any(_pairs(node, n) for node in nodes):
         knowledge.unpaired_sizes.add(n)
     elif not knowledge.unpaired_sizes - {n}:
         raise PrivacyError(
@@ -160,3 +172,13 @@ def _check_pairs(nodes: Sequence[Any], boundaries: Sequence[Any], n: int, knowle
             "in-batch negatives. Clipping a record's own gradient does not bound that. Give outputs and targets one shape, and "
             "compute each record's loss from that record alone; if the sizes are equal by chance, take another batch size."
         )
+
+
+def _pairs(node: Any, n: int) -> bool:
+    if node.name() == BOUNDARY or node.name().startswith(_RESHAPING):
+        return False
+    before = [
+        shape for child, place in node.next_functions if child is not None for shape in shapes(child)[place : place + 1]
+    ]
+    most = max((list(shape).count(n) for shape in before), default=n)
+    return any(list(shape).count(n) > max(1, most) for shape in shapes(node))
