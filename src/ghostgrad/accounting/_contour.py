@@ -226,6 +226,8 @@ def contour_curve(
 
 def _visible_nodes(steps: Steps, remove: bool, tilt: float, spacing: float, most: int) -> int | None:
     """The number of nodes after which the integrand stays below visibility, by probing; ``None`` above ``most``."""
+    if not _can_fall(steps, remove, tilt, spacing * most):
+        return None
     limit = 64
     while limit <= most:
         counts = np.concatenate([[0.0], 2.0 ** np.arange(3, math.log2(limit) + 1.5)])
@@ -238,6 +240,15 @@ def _visible_nodes(steps: Steps, remove: bool, tilt: float, spacing: float, most
             return int(counts[last])
         limit *= 8
     return None
+
+
+def _can_fall(steps: Steps, remove: bool, tilt: float, furthest: float) -> bool:
+    """Whether the integrand can fall out of sight by ``furthest``: the runs that never see the record do not fall."""
+    total = _log_values(steps, remove, tilt, np.zeros(1))
+    if total is None:
+        return False
+    unseen = (1.0 + tilt if remove else -tilt) * float(steps.counts @ np.log1p(-np.minimum(steps.rates, 1.0 - 1e-16)))
+    return float(total[0].real) - unseen + math.log1p(furthest / tilt) > _SLACK or steps.precision > 0.0
 
 
 def _log_values(steps: Steps, remove: bool, tilt: float, y: Array) -> Complex | None:
@@ -278,7 +289,7 @@ def _delta_one_way(steps: Steps, remove: bool, epsilon: float, floor: float) -> 
     at, bound = saddle_at_epsilon(grid, curve, epsilon)
     if math.exp(min(bound, 0.0)) <= floor:
         return 0.0, floor
-    guess = bound - 3.0
+    guess = min(bound, 0.0) - 3.0
     for _ in range(4):
         steps = steps.sized_for(math.exp(max(guess, -600.0)), steps.cut)
         grid, curve = real_table(steps, remove)

@@ -9,15 +9,18 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from ghostgrad.accounting._checks import precision
 from ghostgrad.accounting._closed_forms import ClosedForm, gaussian_form, sampled_form
 from ghostgrad.accounting._contour import Contour, Steps
-from ghostgrad.accounting._convolution import Composition, Convolution
+from ghostgrad.accounting._convolution import Convolution
 from ghostgrad.accounting._pairs import FixedSize, GaussianBase, LaplaceBase, Pair, ReplaceOne, ResponseBase, Sampled
+from ghostgrad.accounting._pilots import LARGEST, Composition
 from ghostgrad.accounting.events import Event, FixedSizeSampled, Gaussian, Laplace, Opaque, PoissonSampled
 
 Array = NDArray[np.float64]
 
 SMALLEST_SIGMA = 0.05  # below, losses are in the hundreds per step and the Renyi bound is used
+MOST_STEPS = 10**10  # above, a mesh within memory is too coarse to be worth reading
 _CONTOUR_PAIRS = 256
 _CONVOLUTION_PAIRS = 24
 
@@ -36,10 +39,7 @@ class Releases:
         """Whether something was released without noise."""
         return (
             math.isinf(self.precision)
-            or any(
-                (isinstance(e, FixedSizeSampled) and isinstance(e.event, Gaussian) and e.event.sigma == 0.0)
-                for e in self.others
-            )
+            or any(isinstance(e, FixedSizeSampled) and _sigma(e) == 0.0 for e in self.others)
             or any(sigma == 0.0 for _, sigma in self.sampled)
         )
 
@@ -51,14 +51,33 @@ class Releases:
 
 def sort_releases(sampled: Mapping[tuple[float, float], int], others: Mapping[Event, int], replace: bool) -> Releases:
     """Merge plain Gaussians into one precision."""
-    precision = 0.0
+    total = 0.0
     rest: dict[Event, int] = {}
     for event, count in others.items():
         if isinstance(event, Gaussian):
-            precision += count / event.sigma**2 if event.sigma > 0.0 else math.inf
+            total += count * precision(event.sigma)
         elif not (isinstance(event, Opaque) and event.epsilon == 0.0):
             rest[event] = count
-    return Releases(dict(sorted(sampled.items())), precision, rest, replace)
+    return Releases(dict(sorted(sampled.items())), total, dict(sorted(rest.items(), key=repr)), replace)
+
+
+def _sigma(event: FixedSizeSampled) -> float:
+    return event.event.sigma if isinstance(event.event, Gaussian) else math.inf
+
+
+def _readable(releases: Releases, delta: float) -> bool:
+    """Whether numbers are of a size that floats can hold on a line or a mesh; the Renyi bound answers for the rest."""
+    rates = [rate for rate, _ in releases.sampled] + [e.rate for e in releases.others if hasattr(e, "rate")]
+    sigmas = [sigma for _, sigma in releases.sampled]
+    steps = sum(releases.sampled.values()) + sum(releases.others.values())
+    return (
+        min(rates, default=1.0) >= 1e-30
+        and min(sigmas, default=1.0) >= SMALLEST_SIGMA
+        and max(sigmas, default=1.0) <= 1e9
+        and (releases.precision == 0.0 or 1e-18 <= releases.precision <= 1e12)
+        and steps <= MOST_STEPS
+        and delta >= 1e-200
+    )
 
 
 def closed_form(releases: Releases) -> ClosedForm | None:
@@ -74,9 +93,9 @@ def closed_form(releases: Releases) -> ClosedForm | None:
     return None
 
 
-def contour(releases: Releases, rounding_up: bool = True) -> Contour | None:
+def contour(releases: Releases, delta: float = 1.0, rounding_up: bool = True) -> Contour | None:
     """Contour inversion; for Poisson-sampled and plain Gaussians under adding or removing a record."""
-    if releases.others or releases.replace or not releases.sampled:
+    if releases.others or releases.replace or not releases.sampled or not _readable(releases, delta):
         return None
     table = _bucketed(releases.sampled, _CONTOUR_PAIRS, rounding_up)
     return Contour(Steps(table[:, 0], table[:, 1], table[:, 2], releases.precision))
@@ -87,15 +106,15 @@ def exact_pairs(releases: Releases) -> bool:
     return len(releases.sampled) <= _CONTOUR_PAIRS
 
 
-def convolution(releases: Releases, tolerance: float) -> Convolution | None:
+def convolution(releases: Releases, tolerance: float, delta: float = 1.0, largest: int = LARGEST) -> Convolution | None:
     """Convolution on a mesh; ``None`` where a release has too little noise or no dominating pair."""
-    pairs = _pairs(releases)
+    pairs = _pairs(releases) if _readable(releases, delta) else None
     if pairs is None:
         return None
     if not any(isinstance(pair, Sampled) and pair.rate < 1.0 for pair, _ in pairs):
-        return Convolution((Composition(tuple(pairs)),), tolerance)  # every pair is its own mirror image
+        return Convolution((Composition(tuple(pairs)),), tolerance, largest)  # every pair is its own mirror image
     add = [(Sampled(p.base, p.rate, False) if isinstance(p, Sampled) else p, n) for p, n in pairs]
-    return Convolution((Composition(tuple(pairs)), Composition(tuple(add))), tolerance)
+    return Convolution((Composition(tuple(pairs)), Composition(tuple(add))), tolerance, largest)
 
 
 def _pairs(releases: Releases) -> list[tuple[Pair, int]] | None:
