@@ -61,12 +61,13 @@ class Total:
         aim = delta - self.infinite
         if aim <= 0.0:
             return math.inf
+        scaled = math.exp(min(math.log(aim) - self.log_scale, 700.0))
         at_mesh = self.suffix_p - np.exp(np.minimum(self.losses - self.reference, 600.0)) * self.suffix_q
-        inside = int(np.searchsorted(-at_mesh, -aim * math.exp(-self.log_scale)))  # first mesh point at or below aim
+        inside = int(np.searchsorted(-at_mesh, -scaled))  # first mesh point at or below aim
         if inside >= len(self.losses):
             return float(self.losses[-1])
         p, q = float(self.suffix_p[inside]), float(self.suffix_q[inside])
-        room = p - aim * math.exp(-self.log_scale)
+        room = p - scaled
         if q <= 0.0 or room <= 0.0:
             return max(0.0, float(self.losses[inside]))
         return max(0.0, min(self.reference + math.log(room / q), float(self.losses[inside])))
@@ -186,7 +187,7 @@ class Convolution:
                 again = self._read(pilot_at_epsilon(pilot.composition, epsilon, finite), epsilon)
                 low, value = max(low, again[0]), min(value, again[1])
             for level in LEVELS[::-1]:  # a mesh too coarse for so short a tail: every longer one gives a bound, too
-                if value <= 1e3 * math.exp(pilot.proven):
+                if value <= 1e3 * math.exp(min(pilot.proven, 0.0)):
                     break
                 if level > 1e4 * pilot.tail * pilot.composition.steps / TAIL:
                     pilot = pilot_with_tail(pilot.composition, epsilon, level)

@@ -80,18 +80,24 @@ class PLDAccountant(EitherNeighbour):
         if releases.noiseless or delta < infinite:
             return Bounds(math.inf, math.inf, delta, self.neighbouring, "no noise")
         inner = finite_share(delta, infinite)
-        lower, upper, method = self._solve(releases, inner, with_lower) if inner > 0.0 else (0.0, math.inf, "none")
+        lower, upper, method = (
+            self._solve(releases, inner, delta, with_lower) if inner > 0.0 else (0.0, math.inf, "none")
+        )
         if method not in ("closed form", "contour inversion"):
-            with warnings.catch_warnings(record=True) as said:
-                warnings.simplefilter("always", AccountingWarning)
-                bound = self._renyi.get_epsilon(delta)
+            bound, said = self._renyi_bound(delta)
             if bound < upper or math.isinf(upper):
                 upper, method = bound, "rdp"
                 for warning in said:
-                    warnings.warn(warning.message, stacklevel=4)
+                    warnings.warn(warning, stacklevel=4)
         return Bounds(min(lower, upper), upper, delta, self.neighbouring, method)
 
-    def _solve(self, releases: Releases, delta: float, with_lower: bool) -> Answer:
+    def _renyi_bound(self, delta: float) -> tuple[float, list[Warning | str]]:
+        """The Renyi epsilon and what it warns of, to be said only where it is the answer."""
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always", AccountingWarning)
+            return self._renyi.get_epsilon(delta), [warning.message for warning in said]
+
+    def _solve(self, releases: Releases, delta: float, whole: float, with_lower: bool) -> Answer:
         """Lower and upper bounds of epsilon; 0 and infinity where only the Renyi bound can answer."""
         exact = closed_form(releases)
         if exact is not None:
@@ -109,7 +115,8 @@ class PLDAccountant(EitherNeighbour):
         if mesh is None:
             return 0.0, math.inf, "none"
         lower, upper, excess = mesh.epsilon(delta, with_lower)
-        upper = _confirmed(lambda epsilon: mesh.delta(epsilon)[1], upper, delta * (1.0 - 1e-6))
+        cap = self._renyi_bound(whole)[0]
+        upper = _confirmed(lambda epsilon: mesh.delta(epsilon)[1], upper, delta * (1.0 - 1e-6), cap)
         if excess > 0.1 * upper > 0.0:
             _warn_coarse(upper, excess)
         return lower, upper, mesh.name
@@ -155,16 +162,18 @@ class PRVAccountant(PLDAccountant):
     mechanism: ClassVar[str] = "prv"
 
 
-def _confirmed(delta_of: Callable[[float], float], upper: float, delta: float) -> float:
-    """The least epsilon from ``upper`` on at which reading delta confirms it: the two ways must not contradict."""
-    if math.isinf(upper) or delta_of(upper) <= delta:
-        return upper
-    failed, step = 0.0, 1e-5
-    size = max(upper, 1e-6)
-    while delta_of(upper + step * size) > delta:
-        failed, step = step, 4.0 * step
-        if step > 1e3:
-            return math.inf
+def _confirmed(delta_of: Callable[[float], float], upper: float, delta: float, cap: float = math.inf) -> float:
+    """The least epsilon from ``upper`` on at which reading delta confirms it: the two ways must not contradict.
+
+    Infinite from ``cap`` on, where another bound is better anyhow.
+    """
+    failed, step, size = 0.0, 0.0, max(upper, 1e-6)
+    while upper + step * size < cap and step < 10.0:
+        if delta_of(upper + step * size) <= delta:
+            break
+        failed, step = step, 4.0 * max(step, 2.5e-6)
+    else:
+        return math.inf
     while step > 1.3 * failed > 0.01:  # closer only where much is at stake
         middle = math.sqrt(step * failed)
         failed, step = (middle, step) if delta_of(upper + middle * size) > delta else (failed, middle)
