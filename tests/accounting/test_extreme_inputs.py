@@ -52,7 +52,12 @@ EXTREME: list[list[tuple[Event, int]]] = [
 
 @pytest.mark.parametrize("delta", [5e-324, 1e-100, 1e-6, 1.0 - 1e-16])
 @pytest.mark.parametrize(
-    "kind", [RDPAccountant, PLDAccountant, lambda: PLDAccountant("replace-one", mesh_points=1 << 16)]
+    "kind",
+    [
+        RDPAccountant,
+        lambda: PLDAccountant(mesh_points=1 << 14),
+        lambda: PLDAccountant("replace-one", mesh_points=1 << 14),
+    ],
 )
 @pytest.mark.parametrize("entries", EXTREME, ids=lambda entries: repr(entries)[:50])
 def test_extreme_ledgers_are_answered(entries: list[tuple[Event, int]], kind: Callable[[], Any], delta: float) -> None:
@@ -70,7 +75,7 @@ def test_extreme_ledgers_are_answered(entries: list[tuple[Event, int]], kind: Ca
 
 
 def test_noise_beyond_the_range_of_squares_leaves_a_trace() -> None:
-    for sigma in (1e155, 1e200):
+    for sigma in (1e100, 1e155):
         for name in ("rdp", "pld"):
             accountant = create_accountant(name)
             accountant.step(noise_multiplier=sigma, sample_rate=1.0)

@@ -30,6 +30,9 @@ def gaussian_delta(epsilon: float, mu: float) -> float:
     density = math.exp(-low * low / 2.0) / math.sqrt(2.0 * math.pi)
     if low > 0.0:
         return density * (_mills(low) - _mills(high))
+    if high < 1.0 and epsilon >= 0.0:  # both terms of the first sum are >= 0, so that small mu keep their digits
+        between = 0.5 * (math.erf(-low / math.sqrt(2.0)) + math.erf(high / math.sqrt(2.0)))
+        return between - math.expm1(epsilon) * float(ndtr(-high))
     if high > 0.0:
         return float(ndtr(-low)) - density * _mills(high)
     return float(ndtr(-low)) - math.exp(epsilon) * float(ndtr(-high))

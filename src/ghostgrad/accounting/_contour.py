@@ -226,8 +226,6 @@ def contour_curve(
 
 def _visible_nodes(steps: Steps, remove: bool, tilt: float, spacing: float, most: int) -> int | None:
     """The number of nodes after which the integrand stays below visibility, by probing; ``None`` above ``most``."""
-    if not _can_fall(steps, remove, tilt, spacing * most):
-        return None
     limit = 64
     while limit <= most:
         counts = np.concatenate([[0.0], 2.0 ** np.arange(3, math.log2(limit) + 1.5)])
@@ -240,15 +238,6 @@ def _visible_nodes(steps: Steps, remove: bool, tilt: float, spacing: float, most
             return int(counts[last])
         limit *= 8
     return None
-
-
-def _can_fall(steps: Steps, remove: bool, tilt: float, furthest: float) -> bool:
-    """Whether the integrand can fall out of sight by ``furthest``: the runs that never see the record do not fall."""
-    total = _log_values(steps, remove, tilt, np.zeros(1))
-    if total is None:
-        return False
-    unseen = (1.0 + tilt if remove else -tilt) * float(steps.counts @ np.log1p(-np.minimum(steps.rates, 1.0 - 1e-16)))
-    return float(total[0].real) - unseen + math.log1p(furthest / tilt) > _SLACK or steps.precision > 0.0
 
 
 def _log_values(steps: Steps, remove: bool, tilt: float, y: Array) -> Complex | None:

@@ -197,9 +197,9 @@ class Convolution:
 
     def _read(self, pilot: Pilot, epsilon: float) -> tuple[float, float, float]:
         """Lower and upper bounds of delta, and the mass put at infinity."""
-        excess = 0.01 * self.tolerance / float(GRID[pilot.at])  # delta then exceeds by a share of 0.01 tolerance
+        excess = 0.5 * self.tolerance / float(GRID[pilot.at])  # delta then exceeds by a share of half the tolerance
         if epsilon > 0.0:
-            excess = min(excess, self.tolerance * epsilon / 8.0)
+            excess = min(excess, self.tolerance * epsilon / 2.0)
         mesh = mesh_for(pilot, epsilon, excess, self.largest)
         total = compose(pilot.composition, mesh, epsilon)
         value = total.delta(epsilon)
