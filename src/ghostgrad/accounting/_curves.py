@@ -93,6 +93,8 @@ def _opaque_curve(epsilon: float, orders: Array) -> Array:
 
     ``K(a) = log(cosh((a - 1/2) epsilon) / cosh(epsilon / 2))``, by the product form of a difference of cosines.
     """
+    if epsilon > 1e250:
+        return np.full(len(orders), np.inf)
     half = epsilon / 2.0
     with np.errstate(over="ignore", invalid="ignore"):
         near = np.log1p(2.0 * np.sinh(orders * half) * np.sinh((orders - 1.0) * half) / np.cosh(half))

@@ -288,21 +288,28 @@ def _close_in(
     cost_high: float,
     closest: float = 1e-13,
 ) -> float:
-    """Bracketed secant on ``log cost`` over ``log sigma``, aimed half a tolerance below the target, with bisection."""
+    """Bracketed secant on ``log cost`` over ``log sigma``, aimed half a tolerance below the target, with bisection.
+
+    An end that stays put counts for half (the Illinois rule), so that the other does not creep.
+    """
     aim = math.log(target * (1.0 - 0.4 * TOLERANCE))
+    low_weight, high_weight, moved = 1.0, 1.0, ""
     for turn in range(200):
         if cost_high >= target * (1.0 - TOLERANCE) or high / low < 1.0 + closest:
             break
         share = 0.5
-        if turn % (4 if turn < 8 else 2) != 1 and cost_high > 0.0 and math.isfinite(cost_low):
-            above, below = math.log(cost_low), math.log(cost_high)
-            share = (above - aim) / (above - below)
+        if turn % (4 if turn < 8 else 2) != (3 if turn < 8 else 1) and cost_high > 0.0 and math.isfinite(cost_low):
+            above = low_weight * (math.log(cost_low) - aim)
+            below = high_weight * (aim - math.log(cost_high))
+            share = above / (above + below)
             # Not onto the old bracket ends: step a little past the estimate so that both ends move.
             share = min(max(share, 0.01), 0.99)
         sigma = low * (high / low) ** share
         value = cost(sigma)
         if value <= target:
             high, cost_high = sigma, value
+            low_weight, high_weight, moved = (low_weight / 2.0 if moved == "high" else 1.0), 1.0, "high"
         else:
             low, cost_low = sigma, value
+            low_weight, high_weight, moved = 1.0, (high_weight / 2.0 if moved == "low" else 1.0), "low"
     return high

@@ -166,11 +166,13 @@ class RDPAccountant(EitherNeighbour):
         epsilon, order = float(epsilons[best]), float(orders[best])
         if epsilon <= 0.0:
             return 0.0, order
-        if last or order == ORDERS[0]:
-            _warn_loose(epsilon, order)
         # A nudge above rounding, so that get_delta(get_epsilon(delta)) cannot exceed delta.
         epsilon = epsilon * (1.0 + 1e-12) + 1e-14 * (1.0 - math.log(delta)) / (order - 1.0)
-        return (epsilon, order) if epsilon <= worst else (worst, math.nan)
+        if epsilon > worst:
+            return worst, math.nan
+        if last or order == ORDERS[0]:
+            _warn_loose(epsilon, order)
+        return epsilon, order
 
     def get_delta(self, epsilon: float) -> float:
         """Return delta at ``epsilon``: the smallest over all orders, and never above 1."""
