@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
@@ -40,8 +41,15 @@ class Releases:
         return (
             math.isinf(self.precision)
             or any(isinstance(e, FixedSizeSampled) and _sigma(e) == 0.0 for e in self.others)
-            or any(sigma == 0.0 for _, sigma in self.sampled)
+            or bool((self.table[:, 1] == 0.0).any())
         )
+
+    @cached_property
+    def table(self) -> Array:
+        """Rows (rate, sigma, count) of the sampled Gaussians, sorted, so that the order of steps changes no rounding."""
+        rows = np.array([(rate, sigma, count) for (rate, sigma), count in self.sampled.items()], dtype=np.float64)
+        rows = rows.reshape(-1, 3)
+        return np.asarray(rows[np.lexsort((rows[:, 1], rows[:, 0]))])
 
     @property
     def empty(self) -> bool:
@@ -58,7 +66,7 @@ def sort_releases(sampled: Mapping[tuple[float, float], int], others: Mapping[Ev
             total += count * precision(event.sigma)
         elif not (isinstance(event, Opaque) and event.epsilon == 0.0):
             rest[event] = count
-    return Releases(dict(sorted(sampled.items())), total, dict(sorted(rest.items(), key=repr)), replace)
+    return Releases(sampled, total, dict(sorted(rest.items(), key=repr)), replace)
 
 
 def _sigma(event: FixedSizeSampled) -> float:
@@ -67,13 +75,13 @@ def _sigma(event: FixedSizeSampled) -> float:
 
 def _readable(releases: Releases, delta: float) -> bool:
     """Whether numbers are of a size that floats can hold on a line or a mesh; the Renyi bound answers for the rest."""
-    rates = [rate for rate, _ in releases.sampled] + [e.rate for e in releases.others if hasattr(e, "rate")]
-    sigmas = [sigma for _, sigma in releases.sampled]
-    steps = sum(releases.sampled.values()) + sum(releases.others.values())
-    return (
-        min(rates, default=1.0) >= 1e-30
-        and min(sigmas, default=1.0) >= SMALLEST_SIGMA
-        and max(sigmas, default=1.0) <= 1e9
+    rates, sigmas, counts = releases.table.T
+    rest = min((event.rate for event in releases.others if hasattr(event, "rate")), default=1.0)
+    steps = counts.sum() + sum(releases.others.values())
+    return bool(
+        rates.min(initial=rest) >= 1e-30
+        and sigmas.min(initial=1.0) >= SMALLEST_SIGMA
+        and sigmas.max(initial=1.0) <= 1e9
         and (releases.precision == 0.0 or 1e-18 <= releases.precision <= 1e12)
         and steps <= MOST_STEPS
         and delta >= 1e-200
@@ -97,7 +105,7 @@ def contour(releases: Releases, delta: float = 1.0, rounding_up: bool = True) ->
     """Contour inversion; for Poisson-sampled and plain Gaussians under adding or removing a record."""
     if releases.others or releases.replace or not releases.sampled or not _readable(releases, delta):
         return None
-    table = _bucketed(releases.sampled, _CONTOUR_PAIRS, rounding_up)
+    table = _bucketed(releases.table, _CONTOUR_PAIRS, rounding_up)
     return Contour(Steps(table[:, 0], table[:, 1], table[:, 2], releases.precision))
 
 
@@ -122,7 +130,7 @@ def _pairs(releases: Releases) -> list[tuple[Pair, int]] | None:
     if releases.precision > 0.0:
         pairs.append((Sampled(GaussianBase(releases.precision**-0.5), 1.0), 1))
     if releases.sampled:
-        for rate, sigma, count in _bucketed(releases.sampled, _CONVOLUTION_PAIRS, True).tolist():
+        for rate, sigma, count in _bucketed(releases.table, _CONVOLUTION_PAIRS, True).tolist():
             pair = ReplaceOne(sigma, rate) if releases.replace else Sampled(GaussianBase(sigma), rate)
             pairs.append((pair, int(count)))
     for event, count in releases.others.items():
@@ -156,11 +164,11 @@ def _noise(pair: Pair) -> float:
     return SMALLEST_SIGMA if isinstance(base, ResponseBase) and base.epsilon < 500.0 else 0.0
 
 
-def _bucketed(sampled: Mapping[tuple[float, float], int], most: int, rounding_up: bool) -> Array:
+def _bucketed(table: Array, most: int, rounding_up: bool) -> Array:
     """Rows (rate, sigma, count); more than ``most`` distinct pairs are rounded to fewer, towards more (or less) loss."""
-    table = np.array([(rate, sigma, count) for (rate, sigma), count in sampled.items()], dtype=np.float64)
     if len(table) <= most:
         return table
+    table = table.copy()
     rates = np.unique(table[:, 0])
     if len(rates) > 8:
         table[:, 0] = _rounded(table[:, 0], 16, upwards=rounding_up)
