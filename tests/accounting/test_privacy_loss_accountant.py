@@ -27,7 +27,6 @@ from ghostgrad.accounting import (
     PoissonSampled,
     PRVAccountant,
     RDPAccountant,
-    _convolution,
     _solvers,
 )
 from ghostgrad.accounting._closed_forms import gaussian_delta, gaussian_epsilon, sampled_delta
@@ -217,23 +216,27 @@ def test_tiny_sigma_and_tuning_fall_back_to_the_renyi_bound() -> None:
         assert accountant.get_epsilon(1e-5) == renyi.get_epsilon(1e-5)
 
 
-def test_replace_one_is_refused_where_it_cannot_be_had() -> None:
-    for event in (PoissonSampled(0.1, Laplace(1.0)), PoissonSampled(0.1, Gaussian(0.02))):
-        accountant = PLDAccountant(neighbouring="replace-one")
-        accountant.record(event)
-        for ask in (lambda held=accountant: held.get_epsilon(1e-5), lambda held=accountant: held.get_delta(1.0)):
-            with pytest.raises(ConfigurationError, match=r"no bound for this ledger|cannot be restated"):
-                ask()
-    with pytest.raises(ConfigurationError, match="did you mean 'replace-one'"):
-        PLDAccountant(neighbouring="replace_one")  # type: ignore[arg-type]
+def test_replace_one_is_answered_by_renyi_where_there_is_no_pair() -> None:
+    for event in (
+        PoissonSampled(0.1, Laplace(1.0)),
+        PoissonSampled(0.1, Gaussian(0.02)),
+        BestOf(Gaussian(2.0), 1.0, 0.1),
+    ):
+        bounds = []
+        for accountant in (PLDAccountant(neighbouring="replace-one"), PLDAccountant()):
+            accountant.record(event)
+            bounds.append(accountant.get_bounds(1e-5))
+        assert (bounds[0].neighbouring, bounds[0].method) == ("replace-one", "rdp")
+        assert bounds[0].upper > bounds[1].upper
+    for kind in (PLDAccountant, RDPAccountant):
+        with pytest.raises(ConfigurationError, match="did you mean 'replace-one'"):
+            kind(neighbouring="replace_one")
 
 
-def test_mesh_at_the_limit_of_memory_warns_and_holds(monkeypatch: pytest.MonkeyPatch) -> None:
-    accountant = _accountant("[[1e-05, 0.6, 1000000]]")
-    fine = accountant.get_epsilon(1e-5)
-    monkeypatch.setattr(_convolution, "LARGEST", 1 << 15)
+def test_mesh_at_the_limit_of_memory_warns_and_holds() -> None:
+    fine = _accountant("[[1e-05, 0.6, 1000000]]").get_epsilon(1e-5)
     with pytest.warns(AccountingWarning, match="limit of memory"):
-        assert accountant.get_epsilon(1e-5) >= fine
+        assert _accountant("[[1e-05, 0.6, 1000000]]", mesh_points=1 << 15).get_epsilon(1e-5) >= fine
 
 
 def test_method_of_a_plain_answer_is_named_and_prv_is_the_same() -> None:

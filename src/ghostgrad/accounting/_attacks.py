@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import math
 import warnings
+from collections.abc import Callable
 
 import numpy as np
 from numpy.typing import NDArray
 from scipy.optimize import minimize_scalar
+from scipy.special import ndtri_exp
 
+from ghostgrad.accounting._closed_forms import gaussian_delta
+from ghostgrad.accounting._moments import log_expm1
 from ghostgrad.accounting.base import Accountant, AccountingWarning
 
 Array = NDArray[np.float64]
@@ -38,18 +42,61 @@ def missed(epsilons: Array, deltas: Array, false_positives: Array) -> Array:
     return np.asarray(np.maximum(0.0, np.maximum(steep.max(axis=1), flat.max(axis=1))))
 
 
-def true_positive_bound(accountant: Accountant, false_positive: float) -> float:
-    """The largest true positive rate at one false positive rate, with epsilon refined about the best point."""
-    epsilons, deltas = curve_points(accountant)
-    coarse = 1.0 - float(missed(epsilons, deltas, np.array([false_positive]))[0])
-    with np.errstate(over="ignore"):
-        best = int(np.argmin(deltas + np.exp(epsilons) * false_positive))
-    low, high = float(epsilons[max(0, best - 1)]), float(epsilons[min(len(epsilons) - 1, best + 1)])
-    if high <= low:
-        return coarse
+def true_positive_bound(accountant: Accountant, false_positive: float, precision: float = 1e-4) -> float:
+    """The largest true positive rate at one false positive rate, by the two lines of `missed` at the best epsilon.
 
-    def bound(epsilon: float) -> float:
-        return accountant.get_delta(epsilon) + math.exp(min(epsilon, 700.0)) * false_positive
+    Every epsilon bounds; a search finds the least bound, to ``precision`` relative to the range of epsilon.
+    """
 
-    found = minimize_scalar(bound, bounds=(low, high), method="bounded", options={"xatol": 1e-4 * (high - low)})
-    return min(coarse, float(found.fun), 1.0)
+    def steep(epsilon: float) -> float:
+        return accountant.get_delta(epsilon) + math.exp(epsilon) * false_positive
+
+    def flat(epsilon: float) -> float:
+        return 1.0 - math.exp(-epsilon) * (1.0 - accountant.get_delta(epsilon) - false_positive)
+
+    def least(bound: Callable[[float], float], high: float) -> tuple[float, float]:
+        found = minimize_scalar(bound, bounds=(0.0, high), method="bounded", options={"xatol": precision * high})
+        return float(found.fun), float(found.x)
+
+    high = -math.log(false_positive)  # beyond, the steep line alone is above 1
+    best, where = least(steep, high)
+    best = min(best, steep(0.0), 1.0)
+    if where < 0.02 * high:  # the best line is a flat one
+        best = min(best, least(flat, min(700.0, -math.log(max(1.0 - best, 1e-300))))[0])
+    return max(best, false_positive)
+
+
+def gaussian_above(points: tuple[tuple[float, float], ...], least: float = 0.0) -> float:
+    """The smallest mu >= ``least`` whose Gaussian curve is at or above one point, or the chord between two.
+
+    The chord is straight in ``exp(epsilon)``, in which the Gaussian's delta is convex with slope
+    ``-Phi(-epsilon / mu - mu / 2)``: they are nearest where the slopes agree.
+    """
+
+    def above(mu: float) -> bool:
+        if any(gaussian_delta(epsilon, mu) < delta for epsilon, delta in points):
+            return False
+        return len(points) == 1 or _above_chord(points[0], points[1], mu)
+
+    low, high = least, max(2.0 * least, 1e-6)
+    if least > 0.0 and above(least):
+        return least
+    while not above(high):
+        low, high = high, 2.0 * high
+    while high - low > 1e-9 * high:
+        middle = 0.5 * (low + high)
+        low, high = (low, middle) if above(middle) else (middle, high)
+    return high
+
+
+def _above_chord(left: tuple[float, float], right: tuple[float, float], mu: float) -> bool:
+    (start, high), (end, low) = left, right
+    width = end - start
+    if high <= low or width <= 0.0:
+        return True
+    log_slope = math.log(high - low) - start - float(log_expm1(np.float64(width)))
+    if log_slope >= 0.0:  # steeper than any Gaussian curve: its left end decides
+        return True
+    nearest = min(max(-mu * (float(ndtri_exp(log_slope)) + mu / 2.0), start), end)
+    share = math.exp(nearest - end) * -math.expm1(start - nearest) / -math.expm1(-width)
+    return gaussian_delta(nearest, mu) >= high + (low - high) * share

@@ -7,14 +7,29 @@ from numbers import Integral, Real
 
 from ghostgrad.errors import ConfigurationError
 
+MOST = 1 << 53
+"""The largest number of releases: whole numbers are exact floats up to it."""
 
-def _real(name: str, value: object) -> float:
+
+def precision(sigma: float) -> float:
+    """Return ``1 / sigma^2``, infinite or slightly too large where it leaves the range of floats, never too small.
+
+    >>> precision(2.0), precision(1e-200), precision(1e200) > 0
+    (0.25, inf, True)
+    """
+    if sigma == 0.0:
+        return math.inf
+    return (1.0 / sigma) * (1.0 / sigma) + 5e-324
+
+
+def check_finite(value: object, name: str) -> float:
+    """Return ``value`` as a finite float; raise ``ConfigurationError`` otherwise."""
     if type(value) is float:  # the usual case, asked at every step
         number = value
     elif isinstance(value, bool) or not isinstance(value, Real):
         raise ConfigurationError(f"{name}={value!r} is not a real number; pass a float.")
     else:
-        number = float(value)
+        number = _as_float(value)
     if not math.isfinite(number):
         raise ConfigurationError(
             f"{name}={number} is not finite, so no privacy can be computed from it; pass a number."
@@ -22,9 +37,16 @@ def _real(name: str, value: object) -> float:
     return number
 
 
+def _as_float(value: Real) -> float:
+    try:
+        return float(value)
+    except OverflowError:  # a whole number or fraction beyond the largest float
+        return math.inf
+
+
 def check_delta(delta: object, name: str = "delta") -> float:
     """Return ``delta`` as a float strictly between 0 and 1; raise ``ConfigurationError`` otherwise."""
-    number = _real(name, delta)
+    number = check_finite(delta, name)
     if not 0.0 < number < 1.0:
         raise ConfigurationError(
             f"{name}={number} is outside (0, 1); pass the failure probability, well below 1 / (number of records)."
@@ -34,7 +56,7 @@ def check_delta(delta: object, name: str = "delta") -> float:
 
 def check_epsilon(epsilon: object, name: str = "epsilon") -> float:
     """Return ``epsilon`` as a finite float >= 0; raise ``ConfigurationError`` otherwise."""
-    number = _real(name, epsilon)
+    number = check_finite(epsilon, name)
     if number < 0.0:
         raise ConfigurationError(f"{name}={number} is negative; epsilon is at least 0.")
     return number
@@ -42,7 +64,7 @@ def check_epsilon(epsilon: object, name: str = "epsilon") -> float:
 
 def check_positive(value: object, name: str) -> float:
     """Return ``value`` as a finite float > 0; raise ``ConfigurationError`` otherwise."""
-    number = _real(name, value)
+    number = check_finite(value, name)
     if number <= 0.0:
         raise ConfigurationError(f"{name}={number} is not positive; pass a number above 0.")
     return number
@@ -50,7 +72,7 @@ def check_positive(value: object, name: str) -> float:
 
 def check_rate(rate: object, name: str = "sample_rate") -> float:
     """Return ``rate`` as a float in [0, 1]; raise ``ConfigurationError`` otherwise."""
-    number = _real(name, rate)
+    number = check_finite(rate, name)
     if not 0.0 <= number <= 1.0:
         raise ConfigurationError(
             f"{name}={number} is outside [0, 1]; pass a record's probability per step, batch size / dataset size."
@@ -60,19 +82,21 @@ def check_rate(rate: object, name: str = "sample_rate") -> float:
 
 def check_noise(noise_multiplier: object, name: str = "noise_multiplier") -> float:
     """Return ``noise_multiplier`` as a finite float >= 0; raise ``ConfigurationError`` otherwise."""
-    number = _real(name, noise_multiplier)
+    number = check_finite(noise_multiplier, name)
     if number < 0.0:
         raise ConfigurationError(f"{name}={number} is negative; it is a standard deviation in units of max_grad_norm.")
     return number
 
 
 def check_count(count: object, name: str = "steps") -> int:
-    """Return ``count`` as an int >= 0; raise ``ConfigurationError`` otherwise."""
+    """Return ``count`` as an int from 0 to 2**53; raise ``ConfigurationError`` otherwise."""
     if type(count) is not int and (isinstance(count, bool) or not isinstance(count, Integral)):
-        whole = isinstance(count, Real) and math.isfinite(float(count)) and float(count).is_integer()
+        whole = isinstance(count, Real) and _as_float(count).is_integer()
         if isinstance(count, bool) or not whole:
             raise ConfigurationError(f"{name}={count!r} is not a whole number; pass an int >= 0.")
-    number = int(count)  # type: ignore[call-overload]
+    number: int = int(count)  # type: ignore[call-overload]
     if number < 0:
         raise ConfigurationError(f"{name}={number} is negative; steps that were taken cannot be taken back.")
-    return int(number)
+    if number > MOST:
+        raise ConfigurationError(f"{name} is above 2**53, more than can be counted exactly; check it.")
+    return number

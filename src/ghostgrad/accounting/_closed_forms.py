@@ -30,6 +30,9 @@ def gaussian_delta(epsilon: float, mu: float) -> float:
     density = math.exp(-low * low / 2.0) / math.sqrt(2.0 * math.pi)
     if low > 0.0:
         return density * (_mills(low) - _mills(high))
+    if high < 1.0 and epsilon >= 0.0:  # both terms of the first sum are >= 0, so that small mu keep their digits
+        between = 0.5 * (math.erf(-low / math.sqrt(2.0)) + math.erf(high / math.sqrt(2.0)))
+        return between - math.expm1(epsilon) * float(ndtr(-high))
     if high > 0.0:
         return float(ndtr(-low)) - density * _mills(high)
     return float(ndtr(-low)) - math.exp(epsilon) * float(ndtr(-high))
@@ -61,6 +64,11 @@ def gaussian_epsilon(mu: float, delta: float) -> float:
     return invert(lambda epsilon: gaussian_delta(epsilon, mu), delta)
 
 
+def _log_shift(epsilon: float, rate: float) -> float:
+    share = math.expm1(epsilon) / rate
+    return math.log1p(share) if share < 1e300 else math.log(math.expm1(epsilon)) - math.log(rate)
+
+
 def sampled_delta(epsilon: float, rate: float, sigma: float, remove: bool) -> float:
     """Delta of one Poisson-sampled Gaussian step at ``epsilon >= 0``, for removing or adding a record.
 
@@ -74,7 +82,7 @@ def sampled_delta(epsilon: float, rate: float, sigma: float, remove: bool) -> fl
         # log(1 + (e^epsilon - 1) / rate), in the form that neither cancels nor overflows
         small = epsilon < 1.0
         shifted = (
-            math.log1p(math.expm1(epsilon) / rate)
+            _log_shift(epsilon, rate)
             if small
             else epsilon - math.log(rate) + math.log1p(-(1.0 - rate) * math.exp(-epsilon))
         )
@@ -100,7 +108,7 @@ class ClosedForm:
     def delta(self, epsilon: float) -> tuple[float, float]:
         """Lower and upper bounds of delta."""
         exact = max(curve(epsilon) for curve in self.curves)
-        return exact * (1.0 - _MARGIN), exact * (1.0 + 1e-10)
+        return exact * (1.0 - _MARGIN), min(1.0, exact * (1.0 + 1e-10))
 
 
 def gaussian_form(mu: float) -> ClosedForm:

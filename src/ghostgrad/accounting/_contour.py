@@ -278,7 +278,7 @@ def _delta_one_way(steps: Steps, remove: bool, epsilon: float, floor: float) -> 
     at, bound = saddle_at_epsilon(grid, curve, epsilon)
     if math.exp(min(bound, 0.0)) <= floor:
         return 0.0, floor
-    guess = bound - 3.0
+    guess = min(bound, 0.0) - 3.0
     for _ in range(4):
         steps = steps.sized_for(math.exp(max(guess, -600.0)), steps.cut)
         grid, curve = real_table(steps, remove)

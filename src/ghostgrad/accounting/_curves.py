@@ -4,12 +4,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from functools import lru_cache
+from functools import lru_cache, partial
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ghostgrad.accounting._moments import log_binomial_excess, log_expm1, log_moment
+from ghostgrad.accounting._checks import precision
+from ghostgrad.accounting._moments import (
+    log_binomial_excess,
+    log_expm1,
+    log_moment,
+    log_replace_moment,
+    through_the_middle,
+)
 from ghostgrad.accounting.events import (
     BestOf,
     Event,
@@ -27,6 +34,7 @@ Array = NDArray[np.float64]
 MAX_EXACT_PAIRS = 64  # distinct (rate, sigma) up to which every one is computed
 _SIGMA_NODES = 128
 _KAPPA = 5.0
+_SIGMAS = (1e-70, 1e70)  # beyond, squares leave the range of floats
 
 
 def _grid() -> Array:
@@ -46,34 +54,52 @@ MORE_ORDERS.setflags(write=False)
 
 
 @lru_cache(maxsize=2048)
-def _cached_moment(rate: float, sigma: float, more: bool) -> Array:
-    curve = log_moment(MORE_ORDERS if more else ORDERS, rate, sigma)
+def _cached_moment(rate: float, sigma: float, more: bool, replace: bool) -> Array:
+    curve = (log_replace_moment if replace else log_moment)(MORE_ORDERS if more else ORDERS, rate, sigma)
     curve.setflags(write=False)
     return curve
 
 
-def sampled_gaussian_curve(rate: float, sigma: float, orders: Array) -> Array:
+def sampled_gaussian_curve(rate: float, sigma: float, orders: Array, replace: bool = False) -> Array:
     """``K`` of one Poisson-sampled Gaussian, cached on the two standard grids of orders."""
+    if sigma < _SIGMAS[0]:
+        return np.full(len(orders), np.inf)
+    sigma = min(sigma, _SIGMAS[1])  # less noise costs more
     if orders is ORDERS or orders is MORE_ORDERS:
-        return _cached_moment(rate, sigma, orders is MORE_ORDERS)
-    return log_moment(orders, rate, sigma)
+        return _cached_moment(rate, sigma, orders is MORE_ORDERS, replace)
+    return (log_replace_moment if replace else log_moment)(orders, rate, sigma)
 
 
 def _laplace_curve(scale: float, orders: Array) -> Array:
-    """Mironov (2017), table II."""
+    """Mironov (2017), table II: ``log((a exp((a - 1) b) + (a - 1) exp(-a b)) / (2 a - 1))``, b = 1 / scale.
+
+    Small b without cancellation: the linear terms of the two exponentials add up to nothing.
+    """
     a, b = orders, 1.0 / scale
-    first = np.log(a / (2 * a - 1)) + (a - 1) * b
-    second = np.log((a - 1) / (2 * a - 1)) - a * b
-    return np.asarray(np.maximum(np.logaddexp(first, second), 0.0))
+    with np.errstate(over="ignore", invalid="ignore"):
+        near = np.log1p((a * _beyond_linear((a - 1) * b) + (a - 1) * _beyond_linear(-a * b)) / (2 * a - 1))
+        far = np.logaddexp(np.log(a / (2 * a - 1)) + (a - 1) * b, np.log((a - 1) / (2 * a - 1)) - a * b)
+    return np.asarray(np.maximum(np.where(a * b < 30.0, near, far), 1e-300))
+
+
+def _beyond_linear(y: Array) -> Array:
+    """``exp(y) - 1 - y``, to full relative precision."""
+    series = y * y / 2.0 * (1.0 + y / 3.0 * (1.0 + y / 4.0 * (1.0 + y / 5.0 * (1.0 + y / 6.0 * (1.0 + y / 7.0)))))
+    return np.asarray(np.where(np.abs(y) < 0.02, series, np.expm1(y) - y))
 
 
 def _opaque_curve(epsilon: float, orders: Array) -> Array:
-    """Randomised response dominates every epsilon-DP release (Kairouz, Oh and Viswanath 2015)."""
-    log_yes = -np.log1p(np.exp(-epsilon))
-    log_no = -epsilon + log_yes
-    first = orders * log_yes + (1.0 - orders) * log_no
-    second = orders * log_no + (1.0 - orders) * log_yes
-    return np.asarray(np.maximum(np.logaddexp(first, second), 0.0))
+    """Randomised response dominates every epsilon-DP release (Kairouz, Oh and Viswanath 2015).
+
+    ``K(a) = log(cosh((a - 1/2) epsilon) / cosh(epsilon / 2))``, by the product form of a difference of cosines.
+    """
+    if epsilon > 1e250:
+        return np.full(len(orders), np.inf)
+    half = epsilon / 2.0
+    with np.errstate(over="ignore", invalid="ignore"):
+        near = np.log1p(2.0 * np.sinh(orders * half) * np.sinh((orders - 1.0) * half) / np.cosh(half))
+        far = np.logaddexp(orders * epsilon, (1.0 - orders) * epsilon) - np.logaddexp(0.0, epsilon)
+    return np.asarray(np.maximum(np.where(orders * epsilon < 30.0, near, far), 1e-300))
 
 
 def _sampled_laplace_curve(rate: float, scale: float, orders: Array) -> Array:
@@ -95,50 +121,58 @@ def _fixed_size_curve(rate: float, sigma: float, orders: Array) -> Array:
     """
     half = sigma / 2.0
     if rate == 1.0:
-        return orders * (orders - 1.0) / (2.0 * half * half)
+        return orders * (orders - 1.0) * (precision(half) / 2.0)
     excess = log_expm1(np.maximum(sampled_gaussian_curve(rate, half, orders), 1e-300))
     return np.asarray(np.logaddexp(0.0, math.log(2.0) + excess))
 
 
 def _best_of_curve(event: BestOf, orders: Array) -> Array:
     """Papernot and Steinke (2022): theorem 2 (truncated negative binomial) and theorem 6 (Poisson)."""
-    inner = total_curve({}, dict(_merged(event.event)), orders)
+    inner = total_curve({}, _merged(event.event), orders)
     rdp = inner / (orders - 1.0)
     if math.isinf(event.shape):
         # Theorem 6 wants (epsilon', delta')-DP of the base with exp(epsilon') <= 1 + 1 / (a - 1), at every order a.
         limit = np.log1p(1.0 / (orders - 1.0))
         log_deltas = np.array([np.min(log_delta_curve(orders, inner, limit_a)) for limit_a in limit])
-        misses = event.stop * np.exp(np.minimum(log_deltas, 0.0))
+        with np.errstate(under="ignore"):
+            misses = event.stop * np.exp(np.minimum(log_deltas, 0.0))
         return np.asarray(inner + (orders - 1.0) * misses + max(math.log(event.stop), 0.0))
     eta, gamma = event.shape, event.stop
     extra = (1.0 + eta) * np.min((1.0 - 1.0 / orders) * rdp - np.log(gamma) / orders)
-    return np.asarray(inner + (orders - 1.0) * extra + math.log(expected_trials(eta, gamma)))
+    return np.asarray(inner + (orders - 1.0) * extra + log_expected_trials(eta, gamma))
 
 
-def expected_trials(shape: float, stop: float) -> float:
-    """Mean number of trials of `BestOf` (Papernot and Steinke 2022, definition 1).
+def log_expected_trials(shape: float, stop: float) -> float:
+    """Log of the mean number of trials of `BestOf` (Papernot and Steinke 2022, definition 1).
 
-    >>> round(expected_trials(1.0, 0.1), 12)
+    >>> round(math.exp(log_expected_trials(1.0, 0.1)), 12)
     10.0
     """
+    log_stop = math.log(stop)
     if math.isinf(shape):
-        return stop
-    if shape == 0.0:
-        return (1.0 / stop - 1.0) / math.log(1.0 / stop)
-    return float(shape * (1.0 - stop) / (stop * (1.0 - stop**shape)))
+        return log_stop
+    start = math.log1p(-stop) - log_stop
+    if abs(shape) < 1e-12:  # the limit, the logarithmic distribution
+        return start - math.log(-log_stop)
+    power = shape * log_stop  # 1 - stop^shape has the sign of the shape
+    return start + math.log(abs(shape)) - (math.log(-math.expm1(power)) if power < 0.0 else _log_expm1(power))
 
 
-def _merged(event: Event) -> list[tuple[Event, int]]:
+def _log_expm1(y: float) -> float:
+    return float(log_expm1(np.float64(y)))
+
+
+def _merged(event: Event) -> dict[Event, int]:
     totals: dict[Event, int] = {}
     for part, count in atoms(event):
         totals[part] = totals.get(part, 0) + count
-    return list(totals.items())
+    return totals
 
 
 def event_curve(event: Event, orders: Array) -> Array:
     """``K(a)`` of one atomic event; infinite where there is no noise. Mass at infinity of `Opaque` is not in it."""
     if isinstance(event, Gaussian):
-        return orders * (orders - 1.0) / (2.0 * event.sigma**2) if event.sigma > 0 else np.full(len(orders), np.inf)
+        return orders * (orders - 1.0) * (precision(event.sigma) / 2.0)
     if isinstance(event, Laplace):
         return _laplace_curve(event.scale, orders)
     if isinstance(event, Opaque):
@@ -158,22 +192,32 @@ def event_curve(event: Event, orders: Array) -> Array:
     )
 
 
-def total_curve(sampled: Mapping[tuple[float, float], int], others: Mapping[Event, int], orders: Array) -> Array:
-    """``K`` of a whole ledger: curves add under composition."""
+def total_curve(
+    sampled: Mapping[tuple[float, float], int], others: Mapping[Event, int], orders: Array, replace: bool = False
+) -> Array:
+    """``K`` of a whole ledger: curves add under composition.
+
+    With ``replace`` for replacing a record; `readable_others` has restated what has a tighter form of its own then.
+    """
     total = np.zeros(len(orders))
-    for event, count in others.items():
-        total = total + count * event_curve(event, orders)
+    for event in sorted(others, key=repr):  # so that the order of releases cannot change the rounding
+        restate = replace and isinstance(event, (PoissonSampled, BestOf))
+        one = through_the_middle(partial(event_curve, event), orders) if restate else event_curve(event, orders)
+        with np.errstate(over="ignore"):
+            total = total + others[event] * one
     if not sampled:
         return total
     table = np.array([(rate, sigma, count) for (rate, sigma), count in sampled.items()], dtype=np.float64)
     table = table[np.lexsort((table[:, 1], table[:, 0]))]  # so that the order of steps cannot change the rounding
-    if (table[:, 1] == 0.0).any():
+    if (table[:, 1] < _SIGMAS[0]).any():
         return np.full(len(orders), np.inf)
     if len(table) <= MAX_EXACT_PAIRS:
         for rate, sigma, count in table:
-            total = total + count * sampled_gaussian_curve(float(rate), float(sigma), orders)
+            total = total + count * sampled_gaussian_curve(float(rate), float(sigma), orders, replace)
         return total
-    return total + _many_curves(table[:, 0], table[:, 1] ** -2.0, table[:, 2], orders)
+    if replace:  # few nodes bound many curves for removing a record; from there
+        return total + through_the_middle(partial(total_curve, sampled, {}), orders)
+    return total + _many_curves(table[:, 0], np.clip(table[:, 1], *_SIGMAS) ** -2.0, table[:, 2], orders)
 
 
 def _nodes_and_weights(values: Array, most: int) -> tuple[Array, NDArray[np.intp], Array]:

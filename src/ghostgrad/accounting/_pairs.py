@@ -203,7 +203,10 @@ class FixedSize(Pair):
 class ReplaceOne(Pair):
     """A Poisson-sampled Gaussian when one record is replaced: means +1 against -1, each with probability ``rate``.
 
-    As ``dp_accounting`` has it for replace-one; the loss is monotone in the output and its own mirror image.
+    The pair dominates. Replacing u by u' (norms at most 1) turns ``(1-q) N(0) + q N(u)`` into ``(1-q) N(0) + q N(u')``. For
+    a set A with mass Phi(z) under N(0), Neyman and Pearson give N(u)(A) <= Phi(z + 1/sigma) and N(u')(A) >=
+    Phi(z - 1/sigma); both hold with equality for a half line and means +1, -1. So no ``P(A) - t Q(A)`` is larger than theirs.
+    The loss is monotone in the output and its own mirror image.
     """
 
     sigma: float

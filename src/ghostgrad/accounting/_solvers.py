@@ -5,19 +5,23 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
 
+from ghostgrad.accounting._checks import precision
 from ghostgrad.accounting._closed_forms import ClosedForm, gaussian_form, sampled_form
 from ghostgrad.accounting._contour import Contour, Steps
-from ghostgrad.accounting._convolution import Composition, Convolution
+from ghostgrad.accounting._convolution import Convolution
 from ghostgrad.accounting._pairs import FixedSize, GaussianBase, LaplaceBase, Pair, ReplaceOne, ResponseBase, Sampled
+from ghostgrad.accounting._pilots import LARGEST, Composition
 from ghostgrad.accounting.events import Event, FixedSizeSampled, Gaussian, Laplace, Opaque, PoissonSampled
 
 Array = NDArray[np.float64]
 
 SMALLEST_SIGMA = 0.05  # below, losses are in the hundreds per step and the Renyi bound is used
+MOST_STEPS = 10**10  # above, a mesh within memory is too coarse to be worth reading
 _CONTOUR_PAIRS = 256
 _CONVOLUTION_PAIRS = 24
 
@@ -36,12 +40,16 @@ class Releases:
         """Whether something was released without noise."""
         return (
             math.isinf(self.precision)
-            or any(
-                (isinstance(e, FixedSizeSampled) and isinstance(e.event, Gaussian) and e.event.sigma == 0.0)
-                for e in self.others
-            )
-            or any(sigma == 0.0 for _, sigma in self.sampled)
+            or any(isinstance(e, FixedSizeSampled) and _sigma(e) == 0.0 for e in self.others)
+            or bool((self.table[:, 1] == 0.0).any())
         )
+
+    @cached_property
+    def table(self) -> Array:
+        """Rows (rate, sigma, count) of the sampled Gaussians, sorted, so that the order of steps changes no rounding."""
+        rows = np.array([(rate, sigma, count) for (rate, sigma), count in self.sampled.items()], dtype=np.float64)
+        rows = rows.reshape(-1, 3)
+        return np.asarray(rows[np.lexsort((rows[:, 1], rows[:, 0]))])
 
     @property
     def empty(self) -> bool:
@@ -51,14 +59,33 @@ class Releases:
 
 def sort_releases(sampled: Mapping[tuple[float, float], int], others: Mapping[Event, int], replace: bool) -> Releases:
     """Merge plain Gaussians into one precision."""
-    precision = 0.0
+    total = 0.0
     rest: dict[Event, int] = {}
     for event, count in others.items():
         if isinstance(event, Gaussian):
-            precision += count / event.sigma**2 if event.sigma > 0.0 else math.inf
+            total += count * precision(event.sigma)
         elif not (isinstance(event, Opaque) and event.epsilon == 0.0):
             rest[event] = count
-    return Releases(dict(sorted(sampled.items())), precision, rest, replace)
+    return Releases(sampled, total, dict(sorted(rest.items(), key=repr)), replace)
+
+
+def _sigma(event: FixedSizeSampled) -> float:
+    return event.event.sigma if isinstance(event.event, Gaussian) else math.inf
+
+
+def _readable(releases: Releases, delta: float) -> bool:
+    """Whether numbers are of a size that floats can hold on a line or a mesh; the Renyi bound answers for the rest."""
+    rates, sigmas, counts = releases.table.T
+    rest = min((event.rate for event in releases.others if hasattr(event, "rate")), default=1.0)
+    steps = counts.sum() + sum(releases.others.values())
+    return bool(
+        rates.min(initial=rest) >= 1e-30
+        and sigmas.min(initial=1.0) >= SMALLEST_SIGMA
+        and sigmas.max(initial=1.0) <= 1e9
+        and (releases.precision == 0.0 or 1e-18 <= releases.precision <= 1e12)
+        and steps <= MOST_STEPS
+        and delta >= 1e-200
+    )
 
 
 def closed_form(releases: Releases) -> ClosedForm | None:
@@ -74,11 +101,11 @@ def closed_form(releases: Releases) -> ClosedForm | None:
     return None
 
 
-def contour(releases: Releases, rounding_up: bool = True) -> Contour | None:
+def contour(releases: Releases, delta: float = 1.0, rounding_up: bool = True) -> Contour | None:
     """Contour inversion; for Poisson-sampled and plain Gaussians under adding or removing a record."""
-    if releases.others or releases.replace or not releases.sampled:
+    if releases.others or releases.replace or not releases.sampled or not _readable(releases, delta):
         return None
-    table = _bucketed(releases.sampled, _CONTOUR_PAIRS, rounding_up)
+    table = _bucketed(releases.table, _CONTOUR_PAIRS, rounding_up)
     return Contour(Steps(table[:, 0], table[:, 1], table[:, 2], releases.precision))
 
 
@@ -87,15 +114,15 @@ def exact_pairs(releases: Releases) -> bool:
     return len(releases.sampled) <= _CONTOUR_PAIRS
 
 
-def convolution(releases: Releases, tolerance: float) -> Convolution | None:
+def convolution(releases: Releases, tolerance: float, delta: float = 1.0, largest: int = LARGEST) -> Convolution | None:
     """Convolution on a mesh; ``None`` where a release has too little noise or no dominating pair."""
-    pairs = _pairs(releases)
+    pairs = _pairs(releases) if _readable(releases, delta) else None
     if pairs is None:
         return None
     if not any(isinstance(pair, Sampled) and pair.rate < 1.0 for pair, _ in pairs):
-        return Convolution((Composition(tuple(pairs)),), tolerance)  # every pair is its own mirror image
+        return Convolution((Composition(tuple(pairs)),), tolerance, largest)  # every pair is its own mirror image
     add = [(Sampled(p.base, p.rate, False) if isinstance(p, Sampled) else p, n) for p, n in pairs]
-    return Convolution((Composition(tuple(pairs)), Composition(tuple(add))), tolerance)
+    return Convolution((Composition(tuple(pairs)), Composition(tuple(add))), tolerance, largest)
 
 
 def _pairs(releases: Releases) -> list[tuple[Pair, int]] | None:
@@ -103,7 +130,7 @@ def _pairs(releases: Releases) -> list[tuple[Pair, int]] | None:
     if releases.precision > 0.0:
         pairs.append((Sampled(GaussianBase(releases.precision**-0.5), 1.0), 1))
     if releases.sampled:
-        for rate, sigma, count in _bucketed(releases.sampled, _CONVOLUTION_PAIRS, True).tolist():
+        for rate, sigma, count in _bucketed(releases.table, _CONVOLUTION_PAIRS, True).tolist():
             pair = ReplaceOne(sigma, rate) if releases.replace else Sampled(GaussianBase(sigma), rate)
             pairs.append((pair, int(count)))
     for event, count in releases.others.items():
@@ -137,11 +164,11 @@ def _noise(pair: Pair) -> float:
     return SMALLEST_SIGMA if isinstance(base, ResponseBase) and base.epsilon < 500.0 else 0.0
 
 
-def _bucketed(sampled: Mapping[tuple[float, float], int], most: int, rounding_up: bool) -> Array:
+def _bucketed(table: Array, most: int, rounding_up: bool) -> Array:
     """Rows (rate, sigma, count); more than ``most`` distinct pairs are rounded to fewer, towards more (or less) loss."""
-    table = np.array([(rate, sigma, count) for (rate, sigma), count in sampled.items()], dtype=np.float64)
     if len(table) <= most:
         return table
+    table = table.copy()
     rates = np.unique(table[:, 0])
     if len(rates) > 8:
         table[:, 0] = _rounded(table[:, 0], 16, upwards=rounding_up)

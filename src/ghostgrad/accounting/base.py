@@ -6,7 +6,7 @@ import copy
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 from ghostgrad.accounting._checks import check_count, check_noise, check_rate
 from ghostgrad.accounting.events import Event, FixedSizeSampled, Gaussian, PoissonSampled
@@ -38,6 +38,21 @@ class Bounds:
         return self.upper - self.lower
 
 
+@dataclass(frozen=True)
+class DeltaBounds:
+    """``lower <= true delta <= upper`` at an epsilon. ``lower`` is 0 where a method has no lower bound.
+
+    >>> DeltaBounds(lower=1e-7, upper=1e-6, epsilon=1.0, neighbouring="replace-one", method="pld").upper
+    1e-06
+    """
+
+    lower: float
+    upper: float
+    epsilon: float
+    neighbouring: str
+    method: str
+
+
 class Accountant(ABC):
     """Epsilon of the ledger of one run. Subclasses say how; the ledger and its upkeep are here.
 
@@ -61,6 +76,10 @@ class Accountant(ABC):
     def get_bounds(self, delta: float) -> Bounds:
         """Return lower and upper bounds of the true epsilon; a method without a lower bound says 0."""
         return Bounds(0.0, self.get_epsilon(delta), delta, self.neighbouring, self.mechanism)
+
+    def get_delta_bounds(self, epsilon: float) -> DeltaBounds:
+        """Return lower and upper bounds of the true delta; a method without a lower bound says 0."""
+        return DeltaBounds(0.0, self.get_delta(epsilon), epsilon, self.neighbouring, self.mechanism)
 
     @property
     def neighbouring(self) -> str:
@@ -135,6 +154,23 @@ class Accountant(ABC):
         self.ledger = stated if held is None else held
 
 
+class EitherNeighbour(Accountant):
+    """An accountant that can be asked for either neighbouring relation.
+
+    Args:
+        neighbouring: ``"add-or-remove-one"`` (default) or ``"replace-one"``.
+    """
+
+    def __init__(self, neighbouring: Literal["add-or-remove-one", "replace-one"] = "add-or-remove-one") -> None:
+        super().__init__()
+        self.replace = choose("neighbouring", neighbouring, ["add-or-remove-one", "replace-one"]) == "replace-one"
+
+    @property
+    def neighbouring(self) -> str:
+        """The relation that answers hold for."""
+        return "replace-one" if self.replace else super().neighbouring
+
+
 def fresh(accountant: str | Accountant) -> Accountant:
     """Return an accountant to try things on: new by name, or a copy of one with its ledger and options."""
     return copy.deepcopy(accountant) if isinstance(accountant, Accountant) else create_accountant(accountant)
@@ -142,6 +178,8 @@ def fresh(accountant: str | Accountant) -> Accountant:
 
 def _from_history(entries: Iterable[tuple[float, float, int]]) -> Ledger:
     ledger = Ledger()
+    if isinstance(entries, (str, bytes, Mapping)) or not isinstance(entries, Iterable):
+        raise ConfigurationError(f"history={entries!r} is not a list of (noise_multiplier, sample_rate, steps).")
     for entry in entries:
         if not isinstance(entry, (tuple, list)) or len(entry) != 3:
             raise ConfigurationError(f"history entry {entry!r} is not (noise_multiplier, sample_rate, steps).")

@@ -10,7 +10,7 @@ import warnings
 from collections.abc import Callable
 
 from ghostgrad.accounting._attacks import true_positive_bound
-from ghostgrad.accounting._checks import check_count, check_delta, check_noise, check_positive, check_rate
+from ghostgrad.accounting._checks import MOST, check_count, check_delta, check_noise, check_positive, check_rate
 from ghostgrad.accounting.base import Accountant, AccountingWarning, fresh
 from ghostgrad.errors import ConfigurationError
 
@@ -33,7 +33,12 @@ def total_steps(steps: int | None, epochs: float | None, sample_rate: float) -> 
     passes = check_positive(epochs, "epochs")
     if sample_rate == 0.0:
         raise ConfigurationError("sample_rate=0.0 has no epochs; pass steps.")
-    return max(1, round(passes / sample_rate))
+    count = passes / sample_rate
+    if not count <= MOST:
+        raise ConfigurationError(
+            f"epochs={passes:g} at sample_rate={sample_rate:g} are {count:g} steps, more than can be counted; check both."
+        )
+    return max(1, round(count))
 
 
 def get_noise_multiplier(
@@ -61,7 +66,7 @@ def get_noise_multiplier(
     def epsilon(sigma: float) -> float:
         return _epsilon(accountant, sigma, rate, count, delta)
 
-    return _smallest_noise(epsilon, target, f"target_epsilon={target} at target_delta={delta}")
+    return smallest_noise(epsilon, target, f"target_epsilon={target} at target_delta={delta}")
 
 
 def get_steps(
@@ -223,7 +228,7 @@ def get_noise_multiplier_for_attack(
         held.step(noise_multiplier=sigma, sample_rate=rate, steps=count)
         return held.get_delta(0.0) if advantage is not None else true_positive_bound(held, at)
 
-    return _smallest_noise(success, target, what)
+    return smallest_noise(success, target, what)
 
 
 def _plan(sample_rate: float, steps: int | None, epochs: float | None) -> tuple[float, int]:
@@ -246,10 +251,13 @@ def _epsilon(accountant: str | Accountant, sigma: float, rate: float, count: int
         return held.get_epsilon(delta)
 
 
-def _smallest_noise(cost: Callable[[float], float], target: float, what: str, start: float = 1.0) -> float:
+def smallest_noise(
+    cost: Callable[[float], float], target: float, what: str, start: float = 1.0, closest: float = 1e-13
+) -> float:
     """Return sigma with ``target * (1 - 1e-4) <= cost(sigma) <= target`` for a falling ``cost``.
 
-    Where even almost no noise (sigma 0.001) costs less than the target, that sigma is returned.
+    Where even almost no noise (sigma 0.001) costs less than the target, that sigma is returned; where the cost jumps over
+    the target, the first sigma below it, to ``closest`` relative.
     """
     low = high = start
     cost_high = cost_low = cost(start)
@@ -268,27 +276,40 @@ def _smallest_noise(cost: Callable[[float], float], target: float, what: str, st
         high, cost_high = low, cost_low
         low = max(low / 2.0, _SMALLEST_NOISE)
         cost_low = cost(low)
-    return _close_in(cost, target, low, cost_low, high, cost_high)
+    return _close_in(cost, target, low, cost_low, high, cost_high, closest)
 
 
 def _close_in(
-    cost: Callable[[float], float], target: float, low: float, cost_low: float, high: float, cost_high: float
+    cost: Callable[[float], float],
+    target: float,
+    low: float,
+    cost_low: float,
+    high: float,
+    cost_high: float,
+    closest: float = 1e-13,
 ) -> float:
-    """Bracketed secant on ``log cost`` over ``log sigma``, aimed half a tolerance below the target, with bisection."""
+    """Bracketed secant on ``log cost`` over ``log sigma``, aimed half a tolerance below the target, with bisection.
+
+    An end that stays put counts for half (the Illinois rule), so that the other does not creep.
+    """
     aim = math.log(target * (1.0 - 0.4 * TOLERANCE))
+    low_weight, high_weight, moved = 1.0, 1.0, ""
     for turn in range(200):
-        if cost_high >= target * (1.0 - TOLERANCE) or high / low < 1.0 + 1e-13:
+        if cost_high >= target * (1.0 - TOLERANCE) or high / low < 1.0 + closest:
             break
         share = 0.5
-        if turn % 4 != 3 and cost_high > 0.0 and math.isfinite(cost_low):
-            above, below = math.log(cost_low), math.log(cost_high)
-            share = (above - aim) / (above - below)
+        if turn % (4 if turn < 8 else 2) != (3 if turn < 8 else 1) and cost_high > 0.0 and math.isfinite(cost_low):
+            above = low_weight * (math.log(cost_low) - aim)
+            below = high_weight * (aim - math.log(cost_high))
+            share = above / (above + below)
             # Not onto the old bracket ends: step a little past the estimate so that both ends move.
             share = min(max(share, 0.01), 0.99)
         sigma = low * (high / low) ** share
         value = cost(sigma)
         if value <= target:
             high, cost_high = sigma, value
+            low_weight, high_weight, moved = (low_weight / 2.0 if moved == "high" else 1.0), 1.0, "high"
         else:
             low, cost_low = sigma, value
+            low_weight, high_weight, moved = 1.0, (high_weight / 2.0 if moved == "low" else 1.0), "low"
     return high

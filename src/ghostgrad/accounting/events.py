@@ -14,7 +14,15 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Union
 
-from ghostgrad.accounting._checks import check_count, check_epsilon, check_noise, check_positive, check_rate
+from ghostgrad.accounting._checks import (
+    check_count,
+    check_epsilon,
+    check_finite,
+    check_noise,
+    check_positive,
+    check_rate,
+    precision,
+)
 from ghostgrad.errors import ConfigurationError, choose
 
 
@@ -110,6 +118,8 @@ class Composed:
     events: tuple[Event, ...]
 
     def __post_init__(self) -> None:
+        if not isinstance(self.events, (tuple, list)):
+            raise ConfigurationError(f"events={self.events!r} is not a sequence; pass a tuple of events.")
         object.__setattr__(self, "events", tuple(self.events))
         for event in self.events:
             _need_event(event)
@@ -150,7 +160,8 @@ class BestOf:
     def __post_init__(self) -> None:
         _need_event(self.event)
         object.__setattr__(self, "stop", check_positive(self.stop, "stop"))
-        if math.isnan(self.shape) or self.shape <= -1.0:
+        object.__setattr__(self, "shape", _check_shape(self.shape))
+        if self.shape <= -1.0:
             raise ConfigurationError(f"shape={self.shape} is not above -1; use 0 (logarithmic), 1 (geometric) or inf.")
         if math.isfinite(self.shape) and self.stop >= 1.0:
             raise ConfigurationError(
@@ -158,15 +169,14 @@ class BestOf:
             )
 
 
+def _check_shape(shape: object) -> float:
+    return math.inf if shape == math.inf else check_finite(shape, "shape")
+
+
 Event = Union[Gaussian, Laplace, Opaque, PoissonSampled, FixedSizeSampled, Composed, Repeated, BestOf]  # noqa: UP007
 
-_TYPES: dict[str, Any] = {
-    kind.__name__: kind
-    for kind in (Gaussian, Laplace, Opaque, PoissonSampled, FixedSizeSampled, Composed, Repeated, BestOf)
-}
-
-
-_KINDS = frozenset(_TYPES.values())
+_KINDS = (Gaussian, Laplace, Opaque, PoissonSampled, FixedSizeSampled, Composed, Repeated, BestOf)
+_TYPES: dict[str, Any] = {kind.__name__: kind for kind in _KINDS}
 
 
 def _need_event(event: object) -> None:
@@ -203,6 +213,13 @@ def event_from_json(plain: Mapping[str, Any]) -> Event:
     >>> event_from_json({"type": "Gaussian", "sigma": 1.0})
     Gaussian(sigma=1.0)
     """
+    try:
+        return _from_json(plain)
+    except RecursionError as error:
+        raise ConfigurationError("the event is nested too deeply to be read; it was not written by a run.") from error
+
+
+def _from_json(plain: object) -> Event:
     if not isinstance(plain, Mapping) or "type" not in plain:
         raise ConfigurationError(f"event {plain!r} has no 'type'; it was not written by this library.")
     kind = _TYPES[choose("event type", str(plain["type"]), _TYPES)]
@@ -214,13 +231,38 @@ def event_from_json(plain: Mapping[str, Any]) -> Event:
             "read it with the version of ghostgrad that wrote it."
         )
     if "event" in fields:
-        fields["event"] = event_from_json(fields["event"])
-    if "events" in fields:
-        fields["events"] = tuple(event_from_json(part) for part in fields["events"])
+        fields["event"] = _from_json(fields["event"])
+    if isinstance(fields.get("events"), (list, tuple)):
+        fields["events"] = tuple(_from_json(part) for part in fields["events"])
     if fields.get("shape") == "inf":
         fields["shape"] = math.inf
     event: Event = kind(**fields)
     return event
+
+
+def opened(event: Event, count: int) -> list[tuple[Event, int]]:
+    """Return `atoms` as a list.
+
+    Raises:
+        ConfigurationError: ``event`` cannot be read, is nested too deeply, or stands for more than 2**53 releases.
+    """
+    _need_event(event)
+    try:
+        parts = list(atoms(event, count))
+    except RecursionError as error:
+        raise ConfigurationError("the event is nested too deeply; record its parts one by one.") from error
+    for part, times in parts:
+        check_count(times, f"the number of {type(part).__name__} releases")
+    return parts
+
+
+def samples_poisson(event: Event) -> bool:
+    """Whether a Poisson sample of a part of the data is anywhere in ``event``."""
+    if isinstance(event, PoissonSampled):
+        return 0.0 < event.rate < 1.0 or samples_poisson(event.event)
+    if isinstance(event, Composed):
+        return any(samples_poisson(part) for part in event.events)
+    return isinstance(event, (FixedSizeSampled, Repeated, BestOf)) and samples_poisson(event.event)
 
 
 def atoms(event: Event, count: int = 1) -> Iterator[tuple[Event, int]]:
@@ -281,17 +323,15 @@ def _sampled_atoms(event: PoissonSampled, count: int) -> Iterator[tuple[Event, i
 
 def _one_gaussian(event: PoissonSampled | FixedSizeSampled) -> Gaussian:
     """Gaussians released on the *same* subset are one Gaussian: variances add as precisions."""
-    precision = 0.0
+    total = 0.0
     for part, count in atoms(event.event):
         if not isinstance(part, Gaussian):
             raise ConfigurationError(
                 f"{type(event).__name__} of {type(part).__name__} has no exact dominating pair here; "
                 "record Opaque(epsilon, delta) with the guarantee you can prove."
             )
-        if part.sigma == 0.0:
-            return part
-        precision += count / part.sigma**2
-    if precision == 0.0:
+        total += count * precision(part.sigma)
+    if total == 0.0:
         raise ConfigurationError(f"{event!r} samples an empty composition; leave it out of the ledger.")
     single = event.event
-    return single if isinstance(single, Gaussian) else Gaussian(precision**-0.5)
+    return single if isinstance(single, Gaussian) else Gaussian(0.0 if math.isinf(total) else total**-0.5)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import ClassVar
 
-from ghostgrad.accounting._checks import check_delta, check_epsilon
+from ghostgrad.accounting._checks import check_delta, check_epsilon, precision
 from ghostgrad.accounting._closed_forms import gaussian_delta, gaussian_epsilon
 from ghostgrad.accounting.base import Accountant, Bounds
 from ghostgrad.accounting.events import FixedSizeSampled, Gaussian
@@ -41,9 +41,7 @@ class GaussianAccountant(Accountant):
                 raise ConfigurationError(
                     f'{event!r} has no central limit here; use accountant="pld" or "rdp" for this ledger.'
                 )
-            if event.sigma == 0.0:
-                return math.inf
-            square += count / event.sigma**2
+            square += count * precision(event.sigma)
         return math.sqrt(square)
 
     def get_epsilon(self, delta: float) -> float:

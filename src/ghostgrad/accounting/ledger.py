@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from ghostgrad.accounting._checks import check_count
-from ghostgrad.accounting.events import Event, Gaussian, PoissonSampled, atoms, event_from_json, event_to_json
+from ghostgrad.accounting.events import Event, Gaussian, PoissonSampled, event_from_json, event_to_json, opened
 from ghostgrad.errors import ConfigurationError
 
 FORMAT = "ghostgrad-ledger"
@@ -31,6 +31,7 @@ class Ledger:
         self._counts: list[int] = []
         self._totals: dict[Event, int] = {}
         self._sampled: dict[tuple[float, float], int] = {}
+        self._steps = 0
         self.revision = 0  # grows with every change, so that answers can be cached
 
     def append(self, event: Event, count: int = 1) -> None:
@@ -40,7 +41,7 @@ class Ledger:
             return
         # Opened first, so that what no accountant could read is refused before it is written down.
         plain = isinstance(event, PoissonSampled) and isinstance(event.event, Gaussian) and 0.0 < event.rate < 1.0
-        parts = [(event, number)] if plain else list(atoms(event, number))
+        parts = [(event, number)] if plain else opened(event, number)
         if self._events and self._events[-1] == event:
             self._counts[-1] += number
         else:
@@ -52,6 +53,7 @@ class Ledger:
                 self._sampled[key] = self._sampled.get(key, 0) + times
             else:
                 self._totals[part] = self._totals.get(part, 0) + times
+        self._steps += number
         self.revision += 1
 
     def sampled_gaussians(self) -> dict[tuple[float, float], int]:
@@ -65,7 +67,7 @@ class Ledger:
     @property
     def steps(self) -> int:
         """The number of entries with their repetitions."""
-        return sum(self._counts)
+        return self._steps
 
     def __len__(self) -> int:
         return len(self._events)
@@ -77,6 +79,14 @@ class Ledger:
         return isinstance(other, Ledger) and list(self) == list(other)
 
     __hash__ = None  # type: ignore[assignment]
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Ledger:
+        """Events are frozen, so that a copy of the lists is a copy of the ledger, also at 1e5 entries."""
+        twin = Ledger()
+        twin._events, twin._counts = self._events.copy(), self._counts.copy()
+        twin._totals, twin._sampled = self._totals.copy(), self._sampled.copy()
+        twin._steps, twin.revision = self._steps, self.revision
+        return twin
 
     def to_json(self) -> str:
         """Return the ledger as one JSON document; `from_json` is the inverse.
@@ -91,7 +101,7 @@ class Ledger:
         """Read what `to_json` wrote; raises ``ConfigurationError`` for other formats and versions, naming them."""
         try:
             plain = json.loads(text)
-        except json.JSONDecodeError as error:
+        except (ValueError, TypeError, RecursionError) as error:
             raise ConfigurationError(f"the ledger is not JSON ({error}); was the file cut short?") from error
         return cls.from_state_dict(plain)
 

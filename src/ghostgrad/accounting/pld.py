@@ -4,27 +4,20 @@ from __future__ import annotations
 
 import math
 import warnings
+from collections.abc import Callable
 from typing import ClassVar, Literal
 
-from ghostgrad.accounting._checks import check_delta, check_epsilon
-from ghostgrad.accounting._solvers import (
-    SMALLEST_SIGMA,
-    Releases,
-    closed_form,
-    contour,
-    convolution,
-    exact_pairs,
-    sort_releases,
-)
-from ghostgrad.accounting.base import Accountant, AccountingWarning, Bounds
-from ghostgrad.accounting.rdp import RDPAccountant, readable_others
-from ghostgrad.errors import ConfigurationError, choose
+from ghostgrad.accounting._checks import check_count, check_delta, check_epsilon
+from ghostgrad.accounting._convolution import Convolution
+from ghostgrad.accounting._pilots import LARGEST
+from ghostgrad.accounting._solvers import Releases, closed_form, contour, convolution, exact_pairs, sort_releases
+from ghostgrad.accounting.base import AccountingWarning, Bounds, DeltaBounds, EitherNeighbour
+from ghostgrad.accounting.rdp import RDPAccountant, finite_share, readable_others
 
-_DEEP = 1e-20
-"""Below such a delta a composition is read twice, from epsilon and from delta."""
+Answer = tuple[float, float, str]
 
 
-class PLDAccountant(Accountant):
+class PLDAccountant(EitherNeighbour):
     """Epsilon from the distribution of the privacy loss.
 
     Plain Gaussians and single steps have closed forms (Balle and Wang 2018; Zhu, Dong and Wang 2022). Many sampled
@@ -36,7 +29,11 @@ class PLDAccountant(Accountant):
 
     Args:
         neighbouring: ``"add-or-remove-one"`` (default) or ``"replace-one"``.
-        tolerance: Relative excess of epsilon that the mesh is chosen for; default 1e-4.
+        tolerance: Relative excess of epsilon that the mesh is chosen for, in (0, 1); default 1e-4.
+        mesh_points: The most points of a mesh, at least 1024; default 2^21, 200 MB. Fewer are faster and looser.
+
+    Raises:
+        ConfigurationError: An argument is none of these.
 
     >>> accountant = PLDAccountant()
     >>> accountant.step(noise_multiplier=1.0, sample_rate=0.01, steps=1000)
@@ -47,116 +44,112 @@ class PLDAccountant(Accountant):
     mechanism: ClassVar[str] = "pld"
 
     def __init__(
-        self, neighbouring: Literal["add-or-remove-one", "replace-one"] = "add-or-remove-one", tolerance: float = 1e-4
+        self,
+        neighbouring: Literal["add-or-remove-one", "replace-one"] = "add-or-remove-one",
+        tolerance: float = 1e-4,
+        mesh_points: int = LARGEST,
     ) -> None:
-        super().__init__()
-        self._replace = choose("neighbouring", neighbouring, ["add-or-remove-one", "replace-one"]) == "replace-one"
-        self._tolerance = tolerance
-        self._renyi = RDPAccountant()
+        super().__init__(neighbouring)
+        self._tolerance = max(check_delta(tolerance, "tolerance"), 1e-7)
+        self._largest = max(1024, check_count(mesh_points, "mesh_points"))
+        self._renyi = RDPAccountant(neighbouring)
 
-    @property
-    def neighbouring(self) -> str:
-        """The relation the answers hold for."""
-        return "replace-one" if self._replace else super().neighbouring
-
-    def _read(self) -> tuple[Releases, float, RDPAccountant | None]:
-        """The releases, the mass at infinite loss, and a Renyi accountant of the same relation if there is one."""
-        others, infinite = readable_others(self.ledger, self._replace)
-        releases = sort_releases(self.ledger.sampled_gaussians(), others, self._replace)
+    def _read(self) -> tuple[Releases, float]:
+        """The releases and the mass at infinite loss; the Renyi accountant gets the same ledger."""
+        others, infinite = readable_others(self.ledger, self.replace)
         self._renyi.ledger = self.ledger
-        return releases, infinite, self._renyi if super().neighbouring == self.neighbouring else None
+        return sort_releases(self.ledger.sampled_gaussians(), others, self.replace), infinite
 
     def get_epsilon(self, delta: float) -> float:
         """Return the upper bound of epsilon at ``delta``.
 
         Warns:
-            AccountingWarning: The mesh, at the limit of memory, may cost more than 10 % of epsilon.
+            AccountingWarning: The mesh, at the limit of memory, may cost more than 10 % of epsilon; or the Renyi bound
+                answered and its best order is an end of the orders.
         """
         return self._bounds(check_delta(delta), False).upper
 
     def get_bounds(self, delta: float) -> Bounds:
-        """Return lower and upper bounds of epsilon at ``delta``, and the method that found them."""
+        """Return lower and upper bounds of epsilon at ``delta``, and the method that found the upper one."""
         return self._bounds(check_delta(delta), True)
 
     def _bounds(self, delta: float, with_lower: bool) -> Bounds:
-        releases, infinite, renyi = self._read()
-        if releases.noiseless or delta <= infinite:
-            return Bounds(math.inf, math.inf, delta, self.neighbouring, "no noise")
-        if releases.empty:
+        releases, infinite = self._read()
+        if releases.empty and delta >= infinite:
             return Bounds(0.0, 0.0, delta, self.neighbouring, "closed form")
-        inner = (delta - infinite) / (1.0 - infinite)
-        found = self._solve(releases, inner, with_lower)
-        if found is not None and (found[2] != "convolution" or renyi is None):
-            lower, upper, method = found
-        else:
-            lower, upper, method = found or (0.0, math.inf, "none")
-            if found is None and renyi is None:
-                raise _no_bound(self.neighbouring)
-            bound = self._renyi_epsilon(renyi, delta)
-            if bound < upper:
+        if releases.noiseless or delta < infinite:
+            return Bounds(math.inf, math.inf, delta, self.neighbouring, "no noise")
+        inner = finite_share(delta, infinite)
+        lower, upper, method = (
+            self._solve(releases, inner, delta, with_lower) if inner > 0.0 else (0.0, math.inf, "none")
+        )
+        if method not in ("closed form", "contour inversion"):
+            bound, said = self._renyi_bound(delta)
+            if bound < upper or math.isinf(upper):
                 upper, method = bound, "rdp"
+                for warning in said:
+                    warnings.warn(warning, stacklevel=4)
         return Bounds(min(lower, upper), upper, delta, self.neighbouring, method)
 
-    @staticmethod
-    def _renyi_epsilon(renyi: RDPAccountant | None, delta: float) -> float:
-        if renyi is None:
-            return math.inf
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", AccountingWarning)
-            return renyi.get_epsilon(delta)
+    def _renyi_bound(self, delta: float) -> tuple[float, list[Warning | str]]:
+        """The Renyi epsilon and what it warns of, to be said only where it is the answer."""
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always", AccountingWarning)
+            return self._renyi.get_epsilon(delta), [warning.message for warning in said]
 
-    def _solve(self, releases: Releases, delta: float, with_lower: bool) -> tuple[float, float, str] | None:
+    def _solve(self, releases: Releases, delta: float, whole: float, with_lower: bool) -> Answer:
+        """Lower and upper bounds of epsilon; 0 and infinity where only the Renyi bound can answer."""
         exact = closed_form(releases)
         if exact is not None:
             return (*exact.epsilon(delta), exact.name)
-        if min((sigma for _, sigma in releases.sampled), default=1.0) < SMALLEST_SIGMA:
-            return None
-        line = contour(releases)
+        line = contour(releases, delta)
         answer = line.epsilon(delta) if line is not None else None
         if line is not None and answer is not None:
             lower, upper = answer
             if with_lower and not exact_pairs(releases):
-                other = contour(releases, rounding_up=False)
+                other = contour(releases, delta, rounding_up=False)
                 below = other.epsilon(delta) if other is not None else None
                 lower = below[0] if below is not None else 0.0
-            return lower, upper, line.name
-        mesh = convolution(releases, self._tolerance)
+            return lower, _confirmed(lambda epsilon: self._solve_delta(releases, epsilon)[1], upper, delta), line.name
+        mesh = convolution(releases, self._tolerance, delta, self._largest)
         if mesh is None:
-            return None
+            return 0.0, math.inf, "none"
         lower, upper, excess = mesh.epsilon(delta, with_lower)
-        if (releases.others or delta < _DEEP) and mesh.delta(upper)[1] > delta * (1.0 + 1e-3):
-            # The two ways to read the composition contradict each other: take neither for a bound.
-            return 0.0, math.inf, mesh.name
+        cap = self._renyi_bound(whole)[0]
+        upper = _confirmed(lambda epsilon: mesh.delta(epsilon)[1], upper, delta * (1.0 - 1e-6), cap)
         if excess > 0.1 * upper > 0.0:
             _warn_coarse(upper, excess)
         return lower, upper, mesh.name
 
     def get_delta(self, epsilon: float) -> float:
         """Return the upper bound of delta at ``epsilon``."""
-        epsilon = check_epsilon(epsilon)
-        releases, infinite, renyi = self._read()
-        if releases.noiseless:
-            return 1.0
-        if releases.empty:
-            return infinite
-        upper = self._solve_delta(releases, epsilon)
-        if upper is None and renyi is None:
-            raise _no_bound(self.neighbouring)
-        total = 1.0 if upper is None else infinite + (1.0 - infinite) * upper
-        return min(total, renyi.get_delta(epsilon)) if renyi is not None else total
+        return self.get_delta_bounds(epsilon).upper
 
-    def _solve_delta(self, releases: Releases, epsilon: float) -> float | None:
+    def get_delta_bounds(self, epsilon: float) -> DeltaBounds:
+        """Return lower and upper bounds of delta at ``epsilon``, and the method that found the upper one."""
+        epsilon = check_epsilon(epsilon)
+        releases, infinite = self._read()
+        if releases.noiseless:
+            return DeltaBounds(1.0, 1.0, epsilon, self.neighbouring, "no noise")
+        lower, upper, method = (0.0, 0.0, "closed form") if releases.empty else self._solve_delta(releases, epsilon)
+        lower, upper = (min(1.0, infinite + (1.0 - infinite) * value) for value in (lower, upper))
+        bound = self._renyi.get_delta(epsilon)
+        if bound < upper or (bound == upper and method == "none"):
+            upper, method = bound, "rdp"
+        return DeltaBounds(min(lower, upper), upper, epsilon, self.neighbouring, method)
+
+    def _solve_delta(self, releases: Releases, epsilon: float) -> Answer:
         exact = closed_form(releases)
         if exact is not None:
-            return exact.delta(epsilon)[1]
-        if min((sigma for _, sigma in releases.sampled), default=1.0) < SMALLEST_SIGMA:
-            return None
+            return (*exact.delta(epsilon), exact.name)
+        epsilon = min(epsilon, 1e6)  # delta only falls; products further out leave the range of floats
         line = contour(releases)
         answer = line.delta(epsilon) if line is not None else None
-        if answer is not None:
-            return answer[1]
-        mesh = convolution(releases, self._tolerance)
-        return mesh.delta(epsilon)[1] if mesh is not None else None
+        if line is not None and answer is not None:
+            lower = answer[0] if exact_pairs(releases) else 0.0
+            return lower, answer[1], line.name
+        mesh: Convolution | None = convolution(releases, self._tolerance, largest=self._largest)
+        return (*mesh.delta(epsilon), mesh.name) if mesh is not None else (0.0, 1.0, "none")
 
 
 class PRVAccountant(PLDAccountant):
@@ -169,11 +162,22 @@ class PRVAccountant(PLDAccountant):
     mechanism: ClassVar[str] = "prv"
 
 
-def _no_bound(neighbouring: str) -> ConfigurationError:
-    return ConfigurationError(
-        f"neighbouring={neighbouring!r} has no bound for this ledger (a sampled sigma below {SMALLEST_SIGMA}, sampled "
-        'Laplace noise or BestOf); ask for "add-or-remove-one".'
-    )
+def _confirmed(delta_of: Callable[[float], float], upper: float, delta: float, cap: float = math.inf) -> float:
+    """The least epsilon from ``upper`` on at which reading delta confirms it: the two ways must not contradict.
+
+    Infinite from ``cap`` on, where another bound is better anyhow.
+    """
+    failed, step, size = 0.0, 0.0, max(upper, 1e-6)
+    while upper + step * size < cap and step < 10.0:
+        if delta_of(upper + step * size) <= delta:
+            break
+        failed, step = step, 4.0 * max(step, 2.5e-6)
+    else:
+        return math.inf
+    while step > 1.3 * failed > 0.01:  # closer only where much is at stake
+        middle = math.sqrt(step * failed)
+        failed, step = (middle, step) if delta_of(upper + middle * size) > delta else (failed, middle)
+    return upper + step * size
 
 
 def _warn_coarse(epsilon: float, excess: float) -> None:

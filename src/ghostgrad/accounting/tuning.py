@@ -13,9 +13,9 @@ import numpy as np
 from scipy.optimize import brentq
 
 from ghostgrad.accounting._checks import check_delta, check_positive
-from ghostgrad.accounting._curves import expected_trials
+from ghostgrad.accounting._curves import log_expected_trials
 from ghostgrad.accounting.base import Accountant
-from ghostgrad.accounting.events import BestOf, Composed, Event, Repeated
+from ghostgrad.accounting.events import BestOf, Composed, Event, Gaussian, Repeated
 from ghostgrad.accounting.rdp import RDPAccountant
 from ghostgrad.errors import ConfigurationError, choose
 
@@ -48,8 +48,22 @@ def tuning_event(event: Event, *, mean_trials: float, trials: Trials | float = "
         raise ConfigurationError(f"mean_trials={mean} is not above 1, the least number of trials drawn by {trials!r}.")
     if shape == 1.0:
         return BestOf(event, shape, 1.0 / mean)
-    stop = brentq(lambda log: expected_trials(shape, math.exp(log)) - mean, -700.0, math.log1p(-1e-12))
-    return BestOf(event, shape, math.exp(stop))
+    return BestOf(event, shape, _stop_for(shape, mean))
+
+
+def _stop_for(shape: float, mean: float) -> float:
+    """Gamma of the truncated negative binomial with this mean."""
+    BestOf(Gaussian(1.0), shape, 0.5)  # refuses a shape that is none
+    low, high = -700.0, math.log1p(-1e-12)
+
+    def excess(log: float) -> float:
+        return log_expected_trials(shape, math.exp(log)) - math.log(mean)
+
+    if not excess(low) > 0.0 > excess(high):
+        raise ConfigurationError(
+            f"mean_trials={mean} cannot be had with shape={shape}; take a mean nearer to 10, or trials='geometric'."
+        )
+    return math.exp(float(brentq(excess, low, high, xtol=1e-15)))
 
 
 def tuned_epsilon(
@@ -88,7 +102,11 @@ def draw_trials(event: BestOf, seed: int | None = None) -> int:
         return int(generator.logseries(1.0 - event.stop))
     # Truncated at zero by inverting the distribution function term by term (Papernot and Steinke 2022, definition 1).
     shape, ratio = event.shape, 1.0 - event.stop
-    mass = shape * ratio / (event.stop**-shape - 1.0)
+    mass = (
+        shape * ratio / math.expm1(-shape * math.log(event.stop))
+        if abs(shape) > 1e-12
+        else ratio / -math.log(event.stop)
+    )
     left, count = float(generator.random()), 1
     while left > mass and count < 10**9:
         left -= mass
