@@ -14,6 +14,9 @@ from ghostgrad.errors import PrivacyError
 from ghostgrad.gradients import Explicit, Use, join
 from ghostgrad.recording import Tape
 
+_ROOM = 1 << 26
+"""How many elements of per-sample gradients the one-pass form may keep beyond what they are made of: 256 MiB in float32."""
+
 
 class Mode(Enum):
     """How the clipped sum comes about."""
@@ -54,6 +57,7 @@ class Clipper:
         self._finite: Tensor | None = None
         self._statistic = 0.0
         self._sums: dict[nn.Parameter, Tensor] = {}
+        self._room = _ROOM
 
     def admit(self, tapes: Sequence[Tape]) -> None:
         """Refuse records that must not be added to this step."""
@@ -74,9 +78,14 @@ class Clipper:
             self._sq_norms[parameter] = use.sq_norms()
             return use.route
         if not self.two_passes:
-            use = Explicit(use.grad_samples()) if self._shows else use.compact()
+            use = Explicit(use.grad_samples()) if self._shows else self._compact(use)
         self._uses.setdefault(parameter, []).append(use)
         return use.route
+
+    def _compact(self, use: Use) -> Use:
+        small = use.compact(self._room)
+        self._room -= max(0, small.held - use.held)
+        return small
 
     def settle(self, n: int) -> None:
         """Work out the factors; with one pass the sums too."""
