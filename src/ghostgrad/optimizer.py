@@ -263,13 +263,11 @@ class DPOptimizer(Optimizer):
         numbered = [(i, p) for i, p in enumerate(p for group in self.param_groups for p in group["params"])]
         sums = {index: self.total.take(p) for index, p in numbered if p.requires_grad}
         self.topology.add_up(list(sums.values()))
+        self.noise.add_all_(sums, std=std, step=self.noise_step)
         for index, p in numbered:
-            if not p.requires_grad:
-                continue
-            total = sums.pop(index)
-            self.noise.add_(total, std=std, step=self.noise_step, index=index)
-            p.grad = _towards_zero(total.div_(divisor), p.dtype)
-            self._written[p] = p.grad
+            if p.requires_grad:
+                p.grad = _towards_zero(sums.pop(index).div_(divisor), p.dtype)
+                self._written[p] = p.grad
 
     def _update_clip_function(self, noise_multiplier: float, size: float, statistic: float) -> None:
         noise = torch.zeros(1, dtype=torch.float64)

@@ -15,6 +15,7 @@ from ghostgrad.gradients.convolution import Geometry
 
 small = st.integers(1, 5)
 seeds = st.integers(0, 2**20)
+rooms = st.sampled_from([0, 20, 1 << 20])
 quick = settings(max_examples=60, deadline=None)
 
 
@@ -129,27 +130,27 @@ def assert_answers(use: Use, grads: Tensor) -> None:
 
 
 @quick
-@given(st.one_of(matmuls(), lookups(), explicits()))
-def test_a_use_answers_as_its_definition(use):
+@given(st.one_of(matmuls(), lookups(), explicits()), rooms)
+def test_a_use_answers_as_its_definition(use, room):
     assert_answers(use, in_words(use))
-    assert_answers(use.compact(), in_words(use))
+    assert_answers(use.compact(room), in_words(use))
 
 
 @quick
-@given(convolutions())
-def test_a_convolution_answers_as_autograd_for_each_record_alone(use):
+@given(convolutions(), rooms)
+def test_a_convolution_answers_as_autograd_for_each_record_alone(use, room):
     grads = convolution_in_words(use)
     assert_answers(use, grads)
     assert_answers(use.as_matmul(), grads)
-    assert_answers(use.compact(), grads)
+    assert_answers(use.compact(room), grads)
 
 
 @quick
-@given(mixtures())
-def test_several_uses_of_a_weight_add_up_before_they_are_measured(uses):
+@given(mixtures(), rooms)
+def test_several_uses_of_a_weight_add_up_before_they_are_measured(uses, room):
     grads = torch.stack([in_words(use) for use in uses]).sum(0)
     assert_answers(join(uses), grads)
-    assert_answers(join([use.compact() for use in uses]), grads)
+    assert_answers(join([use.compact(room) for use in uses]), grads)
     assert_answers(join([join(uses[:1]), join(uses)]), grads + in_words(uses[0]))
 
 
@@ -172,7 +173,7 @@ def test_answers_do_not_depend_on_the_size_of_chunks(elements, use):
         patch.setattr(convolution, "_CHUNK_ELEMENTS", elements)
         assert_answers(use, grads)
         if isinstance(use, Matmul):
-            torch.testing.assert_close(use._gram_norms(), use._chunked_norms(), rtol=1e-9, atol=1e-9)
+            torch.testing.assert_close(use._gram_norms()[0], use._chunked_norms(), rtol=1e-9, atol=1e-9)
 
 
 @quick
@@ -234,4 +235,17 @@ def test_parts_of_one_form_become_one_part():
     joined = join([use, table, use, table])
     assert isinstance(joined, Joined)
     assert [type(part) for part in joined.parts] == [Matmul, Lookup]
-    assert joined.route == "materialise + grouped ids"
+    assert joined.route == "gram + grouped ids"
+
+
+@quick
+@given(convolutions(), rooms)
+def test_a_convolution_in_single_precision_answers_as_in_double(use, room):
+    """In single precision the records are the groups of one convolution, and nothing is unfolded."""
+    single = Convolution(use.x.float(), use.dy.float(), use.shape, use.geometry, use.n)
+    grads, factors = convolution_in_words(use), torch.linspace(0.0, 1.0, use.n)
+    for form in (single, single.compact(room), single.keep_rows(torch.ones(use.n, dtype=torch.bool))):
+        torch.testing.assert_close(form.grad_samples().double(), grads, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(form.sq_norms().double(), grads.flatten(1).square().sum(1), rtol=1e-4, atol=1e-4)
+        expected = torch.einsum("n,n...->...", factors.double(), grads)
+        torch.testing.assert_close(form.weighted_sum(factors).double(), expected, rtol=1e-4, atol=1e-4)

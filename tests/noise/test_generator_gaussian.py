@@ -54,3 +54,13 @@ def test_impossible_std_is_refused(std: float) -> None:
 def test_other_sources_are_refused() -> None:
     with pytest.raises(ConfigurationError, match=r"torch\.Generator"):
         GeneratorGaussian(7)  # type: ignore[arg-type]
+
+
+def test_many_parameters_at_once_are_drawn_in_their_order() -> None:
+    together = {3: torch.zeros(5), 1: torch.zeros(2, 2)}
+    GeneratorGaussian(torch.Generator().manual_seed(0)).add_all_(together, std=2.0, step=0)
+    again = GeneratorGaussian(torch.Generator().manual_seed(0))
+    for tensor in together.values():
+        alone = torch.zeros_like(tensor)
+        again.add_(alone, std=2.0, step=0, index=0)
+        assert torch.equal(tensor, alone)

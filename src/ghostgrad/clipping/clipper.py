@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from enum import Enum
 
 import torch
@@ -13,6 +13,9 @@ from ghostgrad.clipping.functions import ClipFunction
 from ghostgrad.errors import PrivacyError
 from ghostgrad.gradients import Explicit, Use, join
 from ghostgrad.recording import Tape
+
+_ROOM = 1 << 24
+"""How many elements of per-sample gradients the one-pass form may keep beyond what they are made of: 64 MiB in float32."""
 
 
 class Mode(Enum):
@@ -55,6 +58,7 @@ class Clipper:
         self._finite: Tensor | None = None
         self._statistic = 0.0
         self._sums: dict[nn.Parameter, Tensor] = {}
+        self._room = _ROOM
 
     def admit(self, tapes: Sequence[Tape]) -> None:
         """Refuse records that must not be added to this step."""
@@ -75,9 +79,14 @@ class Clipper:
             self._sq_norms[parameter] = use.sq_norms()
             return use.route
         if not self.two_passes:
-            use = Explicit(use.grad_samples()) if self._shows else use.compact()
+            use = Explicit(use.grad_samples()) if self._shows else self._compact(use)
         self._uses.setdefault(parameter, []).append(use)
         return use.route
+
+    def _compact(self, use: Use) -> Use:
+        small = use.compact(self._room)
+        self._room -= max(0, small.held - use.held)
+        return small
 
     def settle(self, n: int, unit: float = 1.0) -> None:
         """Work out the factors; with one pass the sums too. A record's gradient is ``unit`` times what was measured."""
@@ -88,14 +97,13 @@ class Clipper:
         parameters = self.total.parameters()
         self._check_known(parameters)
         self.function.check(len(parameters))
-        columns = [self._sq_norms.get(p, torch.zeros(n)).to("cpu", torch.float64) * unit**2 for p in parameters]
-        sq_norms = torch.stack(columns, dim=1)
+        sq_norms = _columns([self._sq_norms.get(p) for p in parameters], n) * unit**2
         self._statistic = self.function.statistic(sq_norms)
         factors = self.function.factors(sq_norms).expand(n, len(parameters))
         finite = sq_norms.sum(1).isfinite()
         if not bool(finite.all()):
             self._finite = finite
-        self._factors = {p: _rounded_down(factors[:, i], self._sq_norms.get(p)) for i, p in enumerate(parameters)}
+        self._factors = _rounded_down(factors, parameters, self._sq_norms)
         self._uses.clear()
         if not self.two_passes:
             for parameter, use in joined.items():
@@ -129,12 +137,33 @@ class Clipper:
         self.total.add(self._sums, tapes, statistic=self._statistic, dropped=dropped)
 
 
-def _rounded_down(factors: Tensor, sq_norms: Tensor | None) -> Tensor:
-    """Factors in the precision of the gradients, lowered by more than norms and products can be rounded up.
+def _columns(sq_norms: Sequence[Tensor | None], n: int) -> Tensor:
+    """Squared norms [n, parameters] in float64 on the CPU, in one conversion where they are of one kind."""
+    nothing = torch.zeros(n, dtype=torch.float64)
+    found = [nothing if column is None else column for column in sq_norms]
+    if len({(column.dtype, column.device) for column in found}) > 1:
+        found = [column.to("cpu", torch.float64) for column in found]
+    return torch.stack(found, dim=1).to("cpu", torch.float64)
 
-    A record that is not clipped keeps its factor of exactly 1.
+
+def _rounded_down(
+    factors: Tensor, parameters: Sequence[nn.Parameter], sq_norms: Mapping[nn.Parameter, Tensor]
+) -> dict[nn.Parameter, Tensor]:
+    """The factors [n] of each parameter that has a norm, from [n, parameters].
+
+    They are in the precision of its gradients, lowered by more than norms and products can be rounded up. A record that is
+    not clipped keeps its factor of exactly 1.
     """
-    if sq_norms is None:
-        return factors.to(torch.float32)
-    margin = 1 - 16 * torch.finfo(sq_norms.dtype).eps
-    return torch.where(factors == 1, factors, factors * margin).to(sq_norms.dtype).to(sq_norms.device)
+    rows: dict[tuple[torch.dtype, torch.device], Tensor] = {}
+    found = {}
+    for i, parameter in enumerate(parameters):
+        like = sq_norms.get(parameter)
+        if like is None:
+            continue
+        kind = like.dtype, like.device
+        if kind not in rows:
+            margin = 1 - 16 * torch.finfo(like.dtype).eps
+            lowered = torch.where(factors == 1, factors, factors * margin)
+            rows[kind] = lowered.T.contiguous().to(device=like.device, dtype=like.dtype)
+        found[parameter] = rows[kind][i]
+    return found

@@ -21,6 +21,10 @@ class Explicit(Use):
     def n(self) -> int:
         return self._grads.shape[0]
 
+    @property
+    def held(self) -> int:
+        return self._grads.numel()
+
     def grad_samples(self) -> Tensor:
         return self._grads
 

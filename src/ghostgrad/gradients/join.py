@@ -12,7 +12,7 @@ from ghostgrad.gradients.convolution import Convolution
 from ghostgrad.gradients.explicit import Explicit
 from ghostgrad.gradients.lookup import Lookup
 from ghostgrad.gradients.matmul import Matmul
-from ghostgrad.gradients.use import Use, trusted, wide
+from ghostgrad.gradients.use import Use, sq_norms_of, trusted, wide
 
 
 def join(uses: Sequence[Use]) -> Use:
@@ -48,6 +48,10 @@ class Joined(Use):
         return self.parts[0].n
 
     @property
+    def held(self) -> int:
+        return sum(part.held for part in self.parts)
+
+    @property
     def route(self) -> str:
         return " + ".join(part.route for part in self.parts)
 
@@ -57,10 +61,10 @@ class Joined(Use):
     def sq_norms(self) -> Tensor:
         own = torch.stack([part.sq_norms() for part in self.parts]).sum(0)
         cross = torch.stack([_inner(a, b) for a, b in combinations(self.parts, 2)]).sum(0)
-        return trusted((own + 2 * cross).clamp_(min=0), self, self._exact_norms)
+        return trusted((own + 2 * cross).clamp_(min=0), self.reach(), self.terms, self._exact_norms)
 
     def _exact_norms(self, records: Tensor) -> Tensor:
-        return torch.cat([self.only(one).grad_samples().flatten(1).square().sum(1) for one in torch.split(records, 1)])
+        return torch.cat([sq_norms_of(self.only(one).grad_samples()) for one in torch.split(records, 1)])
 
     def only(self, records: Tensor) -> Joined:
         return Joined([part.only(records) for part in self.parts])

@@ -28,6 +28,10 @@ class Lookup(Use):
         return self.ids.shape[0]
 
     @property
+    def held(self) -> int:
+        return self.ids.numel() + self.dy.numel()
+
+    @property
     def route(self) -> str:
         return "grouped ids"
 

@@ -7,11 +7,16 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ghostgrad.gradients import cost
 from ghostgrad.gradients.explicit import Explicit
-from ghostgrad.gradients.use import Use, rows_where, trusted, wide
+from ghostgrad.gradients.use import Use, rows_where, sq_norms_of, sq_rows, trusted, wide
 
-_CHUNK_ELEMENTS = 1 << 24
-"""The most elements of a temporary: 64 MiB in float32."""
+_CHUNK_ELEMENTS = 1 << 20
+"""The most elements of a temporary: 4 MiB in float32, which stay in a processor's cache until they are summed."""
+
+_GRAM_BLOCK = 64
+"""The most rows of a Gram that are worked out at once. Smaller blocks leave out more of the half that symmetry gives, but are
+slower to multiply."""
 
 
 class Matmul(Use):
@@ -52,35 +57,39 @@ class Matmul(Use):
         o = self.dy.shape[-1]
         if t == 1:
             return "outer product"
-        return "gram" if t * (i + o) < i * o else "materialise"
+        return "gram" if cost.gram(t, i, o) < cost.per_sample(t, i, o) else "materialise"
 
     def sq_norms(self) -> Tensor:
         if self.route == "outer product":
             # A rank-one gradient: |dy x^T|^2 = |dy|^2 |x|^2.
-            return (wide(self.x).square().sum(-1) * wide(self.dy).square().sum(-1)).sum((1, 2))
+            return (sq_rows(wide(self.x)) * sq_rows(wide(self.dy))).sum((1, 2))
         if self.route != "gram":
             return self._chunked_norms()
-        return trusted(self._gram_norms(), self, lambda records: self.only(records)._chunked_norms())
+        sq_norms, reach = self._gram_norms()
+        return trusted(sq_norms, reach, self.terms, lambda records: self.only(records)._chunked_norms())
 
-    def _gram_norms(self) -> Tensor:
-        """``|sum_t dy_t x_t^T|^2 = sum_ts (x_t . x_s)(dy_t . dy_s)``, one block of rows t at a time.
+    def _gram_norms(self) -> tuple[Tensor, Tensor]:
+        """``|sum_t dy_t x_t^T|^2 = sum_ts (x_t . x_s)(dy_t . dy_s)``, one block of rows t at a time; and the reach.
 
         Both Grams are symmetric, so a block meets itself once and every later block twice.
         """
         x, dy, t = wide(self.x), wide(self.dy), self.x.shape[2]
-        block = max(1, min(t, _CHUNK_ELEMENTS // max(1, self.n * self.x.shape[1] * t)))
-        total = x.new_zeros(self.n)
+        block = max(1, min(t, _GRAM_BLOCK, _CHUNK_ELEMENTS // max(1, self.n * self.x.shape[1] * t)))
+        total, reach = x.new_zeros(self.n), x.new_zeros(x.shape[:2])
         for start in range(0, t, block):
-            stop = min(start + block, t)
-            head_x, head_dy = x[:, :, start:stop], dy[:, :, start:stop]
-            product = (head_x @ x[:, :, start:].mT) * (head_dy @ dy[:, :, start:].mT)
-            total += 2 * product.sum((1, 2, 3)) - product[..., : stop - start].sum((1, 2, 3))
-        return total.clamp_(min=0)  # a tiny negative from round-off; NaN stays NaN
+            width = min(block, t - start)
+            product = x[:, :, start : start + width] @ x[:, :, start:].mT
+            product *= dy[:, :, start : start + width] @ dy[:, :, start:].mT
+            itself = product[..., :width]
+            total += 2 * product.sum((1, 2, 3)) - itself.sum((1, 2, 3))
+            reach += itself.diagonal(dim1=-2, dim2=-1).sqrt().sum(-1)
+        # A tiny negative from round-off becomes 0; NaN stays NaN.
+        return total.clamp_(min=0), torch.linalg.vector_norm(reach, dim=1)
 
     def _chunked_norms(self) -> Tensor:
         step = max(1, _CHUNK_ELEMENTS // max(1, self.shape.numel()))
         parts = zip(torch.split(self.x, step), torch.split(self.dy, step), strict=True)
-        return torch.cat([Matmul(x, dy, self.shape).grad_samples().flatten(1).square().sum(1) for x, dy in parts])
+        return torch.cat([sq_norms_of(Matmul(x, dy, self.shape).grad_samples()) for x, dy in parts])
 
     def weighted_sum(self, factors: Tensor) -> Tensor:
         x, dy = wide(self.x), wide(self.dy)
@@ -93,10 +102,17 @@ class Matmul(Use):
         x, dy = (side.transpose(0, 1).flatten(1, 2) for side in (x, dy))
         return (dy.mT @ x).reshape(self.shape)
 
-    def compact(self) -> Use:
-        """Keep the per-sample gradients instead where they are smaller than what they are made of."""
-        held = self.x[0].numel() + self.dy[0].numel() if self.n else 0
-        return Explicit(self.grad_samples()) if self.route == "materialise" and self.shape.numel() <= held else self
+    @property
+    def held(self) -> int:
+        return self.x.numel() + self.dy.numel()
+
+    def compact(self, room: int) -> Use:
+        """Keep per-sample gradients where there is room: the weighted sum then needs no matrix product of its own."""
+        _, _, t, i = self.x.shape
+        o = self.dy.shape[-1]
+        pays = t > 1 and cost.STORE * i * o < cost.gram(t, i, o)
+        fits = self.n * self.shape.numel() - self.held <= room
+        return Explicit(self.grad_samples()) if pays and fits else self
 
     @classmethod
     def concatenate(cls, uses: Sequence[Matmul]) -> Matmul:

@@ -51,17 +51,26 @@ class Use(ABC):
         """What each record's norm would be if none of its terms cancelled, [n]; never below the norm."""
         return self.sq_norms().sqrt()
 
+    @property
+    @abstractmethod
+    def held(self) -> int:
+        """How many elements this use keeps alive."""
+
     def sq_norms(self) -> Tensor:
         """Each record's squared gradient norm, [n]."""
-        return self.grad_samples().reshape(self.n, self.shape.numel()).square().sum(1)
+        return sq_norms_of(self.grad_samples())
 
     def weighted_sum(self, factors: Tensor) -> Tensor:
         """``sum_n factors[n] * grad_samples[n]``, [*p]."""
         grads = self.grad_samples()
         return (factors.to(grads.dtype) @ grads.reshape(self.n, self.shape.numel())).reshape(self.shape)
 
-    def compact(self) -> Use:
-        """The form that is cheapest to keep until the factors are known; the same numbers."""
+    def compact(self, room: int) -> Use:
+        """The form in which norm and weighted sum cost least together; the same numbers.
+
+        Args:
+            room: how many elements more than now it may keep alive; at least 0.
+        """
         return self
 
     @property
@@ -78,13 +87,37 @@ get a norm that is too small, down to zero, and pass unclipped. Terms in random 
 """
 
 
-def trusted(sq_norms: Tensor, use: Use, exact: Callable[[Tensor], Tensor]) -> Tensor:
-    """Squared norms [n] from an expanded square, with ``exact(records)`` in place of those that cancellation spoiled."""
-    spoiled = sq_norms * (_CANCELLED * use.terms) < use.reach().square()
+def trusted(sq_norms: Tensor, reach: Tensor, terms: int, exact: Callable[[Tensor], Tensor]) -> Tensor:
+    """Squared norms [n] from an expanded square, with ``exact(records)`` in place of those that cancellation spoiled.
+
+    Args:
+        reach: what the norms would be if nothing cancelled, [n].
+        terms: how many terms a record's gradient is a sum of.
+    """
+    spoiled = sq_norms * (_CANCELLED * terms) < reach.square()
     if not bool(spoiled.any()):
         return sq_norms
     records = spoiled.nonzero().squeeze(1)
     return sq_norms.index_copy(0, records, exact(records))
+
+
+_ROW = 4096
+"""The longest row that is summed without intermediate sums: its round-off stays below that of its elements."""
+
+
+def sq_rows(tensor: Tensor) -> Tensor:
+    """The sum of squares over the last dimension, without writing the squares where rows are short."""
+    if tensor.shape[-1] > _ROW:
+        return tensor.square().sum(-1)
+    norms: Tensor = torch.linalg.vector_norm(tensor, dim=-1)
+    return norms.square()
+
+
+def sq_norms_of(grads: Tensor) -> Tensor:
+    """Squared norms [n] of per-sample gradients [n, *p]."""
+    if grads.dim() < 3:
+        return sq_rows(grads.reshape(len(grads), grads.shape[1:].numel()))
+    return sq_rows(grads.reshape(*grads.shape[:2], grads.shape[2:].numel())).sum(1)
 
 
 def rows_where(mask: Tensor, tensor: Tensor) -> Tensor:

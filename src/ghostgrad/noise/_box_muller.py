@@ -1,99 +1,141 @@
 """Uniform words to Gaussians (Box and Muller 1958), in pages, so that a value never depends on how a draw was cut.
 
-A page is 1024 bytes of keystream and becomes as many Gaussians as it holds words (256 of float32, 128 of float64):
-the first half of its words are radii, the second half angles. Pages are always computed whole; then no value falls
-into the scalar remainder of a vectorised loop, whose last bit may differ. numpy does the arithmetic because its sine,
-cosine and logarithm are twice as fast here as torch's, and it starts no threads.
+A page is 4096 bytes of keystream and becomes as many Gaussians as it holds words (1024 of float32, 512 of float64): the
+first half of its words are radii, the second half angles. Pages are always computed whole; then no value falls into the
+scalar remainder of a vectorised loop, whose last bit may differ.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
-import numpy.typing as npt
+import torch
+from torch import Tensor
 
 from ghostgrad.noise._keystream import PAGE_BYTES, SLACK_BYTES, Keystream
 
-# The scratch of one chunk (words, radii, angles, values) stays in a core's second-level cache.
-_CHUNK_PAGES = 128
-
-Floats = npt.NDArray[np.floating[Any]]
+_SCRATCH_PAGES = 63
+"""Pages that are transformed at once. Half of their words are fewer than torch would split between threads."""
 
 
 @dataclass(frozen=True)
 class _Precision:
-    integer: str
-    half_range: float  # a signed word lies in [-half_range, half_range)
+    word: str
+    half_range: float
+    """A signed word lies in [-half_range, half_range)."""
 
 
-_PRECISIONS = {np.dtype(np.float32): _Precision("<i4", 2.0**31), np.dtype(np.float64): _Precision("<i8", 2.0**63)}
+_PRECISIONS = {torch.float32: _Precision("<i4", 2.0**31), torch.float64: _Precision("<i8", 2.0**63)}
 
 
-class _Chunk:
-    """Scratch for ``pages`` pages, and the transform on it."""
+@dataclass(frozen=True)
+class Draw:
+    """A part of one endless Gaussian vector: what is added to ``target``.
 
-    def __init__(self, pages: int, dtype: np.dtype[Any]) -> None:
-        half = PAGE_BYTES // dtype.itemsize // 2
-        self._half_range = dtype.type(_PRECISIONS[dtype].half_range)
-        self.pages = pages
-        self.raw = np.empty(pages * PAGE_BYTES + SLACK_BYTES, dtype=np.uint8)
-        words = self.raw[:-SLACK_BYTES].view(_PRECISIONS[dtype].integer).reshape(pages, 2, half)
-        self._radius_words, self._angle_words = words[:, 0], words[:, 1]
-        self._radius, self._angle = np.empty((2, pages, half), dtype=dtype)
-        self.values: Floats = np.empty((pages, 2, half), dtype=dtype)
-
-    def transform(self, std: float) -> None:
-        """``values = std * sqrt(-2 ln u) * (cos, sin)(angle)``.
-
-        ``u = max(|w|, 1/2) / half_range`` for a signed word ``w``: uniform on (0, 1] rounded to nearest, never 0, and
-        resolved to the last bit of the word where the Gaussian's tails are made (a float keeps small words exactly).
-        """
-        radius, angle, dtype = self._radius, self._angle, self._radius.dtype
-        np.copyto(radius, self._radius_words, casting="unsafe")
-        np.abs(radius, out=radius)
-        np.maximum(radius, dtype.type(0.5), out=radius)
-        np.multiply(radius, 1 / self._half_range, out=radius)
-        np.log(radius, out=radius)
-        np.multiply(radius, dtype.type(-2), out=radius)
-        np.sqrt(radius, out=radius)
-        np.multiply(radius, dtype.type(std), out=radius)
-        np.copyto(angle, self._angle_words, casting="unsafe")
-        np.multiply(angle, dtype.type(np.pi) / self._half_range, out=angle)
-        np.cos(angle, out=self.values[:, 0])
-        np.sin(angle, out=self.values[:, 1])
-        np.multiply(self.values, radius[:, None], out=self.values)
-
-
-def gaussian_chunks(
-    streams: list[Keystream], *, std: float, dtype: np.dtype[Any], start: int, count: int
-) -> Iterator[tuple[int, Floats]]:
-    """Yield ``(position, values)`` covering elements ``start .. start + count`` of an endless Gaussian vector of
-    ``std``.
-
-    ``position`` counts from 0; ``values`` is scratch, overwritten by the next chunk. With several streams each value
-    is the sum of one Gaussian a stream, divided by the square root of their number.
+    Attributes:
+        streams: one, or several whose Gaussians are added and divided by the square root of their number.
+        target: flat, contiguous, on the CPU.
+        start: position of its first element in the vector.
     """
+
+    streams: Sequence[Keystream]
+    target: Tensor
+    start: int = 0
+
+
+@dataclass(frozen=True)
+class _Piece:
+    """So many pages of a draw, and which of their values are added to what."""
+
+    streams: Sequence[Keystream]
+    first_page: int
+    pages: int
+    left: int
+    target: Tensor
+
+
+def add_gaussians(draws: Sequence[Draw], *, std: float, dtype: torch.dtype) -> None:
+    """Add Gaussians of ``std`` to the targets of ``draws``, all of one dtype and with as many streams.
+
+    Small draws share the scratch memory: one call of the transform serves many of them.
+    """
+    pieces = [piece for draw in draws for piece in _pieces(draw, dtype)]
+    if not pieces:
+        return
+    scratch = _Scratch(min(_SCRATCH_PAGES, sum(piece.pages for piece in pieces)), dtype)
+    waiting: list[_Piece] = []
+    pages = 0
+    for piece in pieces:
+        if pages + piece.pages > scratch.pages:
+            scratch.add(waiting, std)
+            waiting, pages = [], 0
+        waiting.append(piece)
+        pages += piece.pages
+    scratch.add(waiting, std)
+
+
+def _pieces(draw: Draw, dtype: torch.dtype) -> list[_Piece]:
     per_page = PAGE_BYTES // dtype.itemsize
-    first, end = start // per_page, -(-(start + count) // per_page)
-    chunk = _Chunk(min(_CHUNK_PAGES, end - first), dtype)
-    for page in range(first, end, chunk.pages):
-        if end - page < chunk.pages:
-            chunk = _Chunk(end - page, dtype)
-        values = _sum_of_streams(chunk, streams, page, std).reshape(-1)
-        left = max(start - page * per_page, 0)
-        right = min(start + count - page * per_page, values.size)
-        yield page * per_page + left - start, values[left:right]
+    end = draw.start + draw.target.numel()
+    pieces = []
+    for first in range(draw.start // per_page, -(-end // per_page), _SCRATCH_PAGES):
+        last = min(first + _SCRATCH_PAGES, -(-end // per_page))
+        left, right = max(draw.start, first * per_page), min(end, last * per_page)
+        target = draw.target[left - draw.start : right - draw.start]
+        pieces.append(_Piece(draw.streams, first, last - first, left - first * per_page, target))
+    return pieces
 
 
-def _sum_of_streams(chunk: _Chunk, streams: list[Keystream], page: int, std: float) -> Floats:
-    share = std / len(streams) ** 0.5
-    total: Floats | None = None
-    for stream in streams:
-        stream.fill(chunk.raw, page)
-        chunk.transform(share)
-        if len(streams) > 1:
-            total = chunk.values.copy() if total is None else np.add(total, chunk.values, out=total)
-    return chunk.values if total is None else total
+class _Scratch:
+    """Memory for some pages, and the transform in it."""
+
+    def __init__(self, pages: int, dtype: torch.dtype) -> None:
+        half = PAGE_BYTES // dtype.itemsize // 2
+        self.pages, self._precision = pages, _PRECISIONS[dtype]
+        self._raw = np.empty(pages * PAGE_BYTES + SLACK_BYTES, dtype=np.uint8)
+        self._words = torch.from_numpy(self._raw[:-SLACK_BYTES].view(self._precision.word).reshape(pages, 2, half))
+        self._parts = torch.empty(3, pages, half, dtype=dtype)
+        self._values = torch.empty(pages, 2, half, dtype=dtype)
+
+    def add(self, pieces: Sequence[_Piece], std: float) -> None:
+        """Draw the pieces, which fit into the scratch, and add each to its target."""
+        values = self._sum_of_streams(pieces, std).view(-1)
+        at = 0
+        for piece in pieces:
+            start = at * PAGE_BYTES // values.element_size() + piece.left
+            piece.target.add_(values[start : start + piece.target.numel()])
+            at += piece.pages
+
+    def _sum_of_streams(self, pieces: Sequence[_Piece], std: float) -> Tensor:
+        terms = len(pieces[0].streams)
+        pages = sum(piece.pages for piece in pieces)
+        total: Tensor | None = None
+        for lane in range(terms):
+            at = 0
+            for piece in pieces:
+                stop = (at + piece.pages) * PAGE_BYTES + SLACK_BYTES
+                piece.streams[lane].fill(self._raw[at * PAGE_BYTES : stop], piece.first_page)
+                at += piece.pages
+            values = self._transform(pages, std / terms**0.5)
+            if terms > 1:
+                total = values.clone() if total is None else total.add_(values)
+        return values if total is None else total
+
+    def _transform(self, pages: int, std: float) -> Tensor:
+        """``std * sqrt(-2 ln |u|) * (cos, sin)(angle)``, with ``u`` a signed word scaled to [-1, 1).
+
+        ``|u|`` is uniform on (0, 1] rounded to nearest, never 0, and resolved to the last bit of the word where the
+        Gaussian's tails are made (a float keeps small words exactly).
+        """
+        words, values, scale = self._words[:pages], self._values[:pages], 1 / self._precision.half_range
+        radius, angle, turned = (part[:pages] for part in self._parts)
+        radius.copy_(words[:, 0]).mul_(scale)
+        # -2 ln |u| = -ln u^2, whose square root is taken last.
+        torch.mul(radius, radius, out=radius).clamp_min_((scale / 2) ** 2).log_().mul_(-std * std).sqrt_()
+        angle.copy_(words[:, 1]).mul_(math.pi * scale)
+        torch.mul(torch.cos(angle, out=turned), radius, out=values[:, 0])
+        torch.mul(torch.sin(angle, out=turned), radius, out=values[:, 1])
+        return values

@@ -1,4 +1,4 @@
-"""Counter-mode keystreams: any 1024-byte page of a stream can be made without the pages before it."""
+"""Counter-mode keystreams: any 4096-byte page of a stream can be made without the pages before it."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ try:
 except ImportError:  # the package is optional: see keystream_type
     HAS_CRYPTOGRAPHY = False
 
-PAGE_BYTES = 1024
+PAGE_BYTES = 4096
 SLACK_BYTES = 16  # what the cipher's interface demands behind the bytes that it writes
 _AES_BLOCK_BYTES = 16
 _PHILOX_BLOCK_BYTES = 32

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-import numpy as np
+from collections.abc import Mapping, Sequence
+
 import torch
+from torch import Tensor
 
 from ghostgrad.keys import RunKey
-from ghostgrad.noise._box_muller import gaussian_chunks
+from ghostgrad.noise._box_muller import Draw, add_gaussians
 from ghostgrad.noise._keystream import Keystream, keystream_type
 from ghostgrad.noise.mechanism import check_request
 
@@ -70,16 +72,39 @@ class KeyedGaussian:
             ConfigurationError: negative or non-finite ``std``, a negative address, another dtype.
         """
         check_request(tensor, std=std, step=step, index=index, offset=offset)
-        count = tensor.numel()
-        if std == 0 or count == 0:
+        self._add([(index, tensor, offset)], std=std, step=step)
+
+    def add_all_(self, tensors: Mapping[int, Tensor], *, std: float, step: int) -> None:
+        """Add noise to several parameters in place: `add_` for each, in one go.
+
+        Args:
+            tensors: by number of the parameter.
+            std, step: as in `add_`.
+
+        Raises:
+            ConfigurationError: as `add_`.
+        """
+        for index, tensor in tensors.items():
+            check_request(tensor, std=std, step=step, index=index, offset=0)
+        self._add([(index, tensor, 0) for index, tensor in tensors.items()], std=std, step=step)
+
+    @torch.no_grad()
+    def _add(self, requests: Sequence[tuple[int, Tensor, int]], *, std: float, step: int) -> None:
+        if std == 0:
             return
-        lanes = [()] if self._terms == 1 else [(lane,) for lane in range(self._terms)]
-        streams: list[Keystream] = [self._stream_type(self._key.derive("noise", step, index, *lane)) for lane in lanes]
-        in_place = tensor.is_contiguous() and tensor.device.type == "cpu"
-        dtype = np.dtype(str(tensor.dtype).removeprefix("torch."))
-        with torch.no_grad():
-            flat = tensor.view(-1) if in_place else torch.zeros(count, dtype=tensor.dtype)
-            for at, values in gaussian_chunks(streams, std=std, dtype=dtype, start=offset, count=count):
-                flat[at : at + values.size].add_(torch.from_numpy(values))
+        draws: dict[torch.dtype, list[Draw]] = {}
+        elsewhere = []
+        for index, tensor, offset in requests:
+            in_place = tensor.is_contiguous() and tensor.device.type == "cpu"
+            flat = tensor.view(-1) if in_place else torch.zeros(tensor.numel(), dtype=tensor.dtype)
+            draws.setdefault(tensor.dtype, []).append(Draw(self._streams(step, index), flat, offset))
             if not in_place:
-                tensor.add_(flat.view(tensor.shape).to(tensor.device))
+                elsewhere.append((tensor, flat))
+        for dtype, some in draws.items():
+            add_gaussians(some, std=std, dtype=dtype)
+        for tensor, flat in elsewhere:
+            tensor.add_(flat.view(tensor.shape).to(tensor.device))
+
+    def _streams(self, step: int, index: int) -> list[Keystream]:
+        lanes = [()] if self._terms == 1 else [(lane,) for lane in range(self._terms)]
+        return [self._stream_type(self._key.derive("noise", step, index, *lane)) for lane in lanes]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 
 from ghostgrad.errors import ConfigurationError
@@ -57,3 +59,8 @@ class GeneratorGaussian:
         noise = torch.randn(tensor.shape, generator=self._generator, device=device, dtype=tensor.dtype)
         with torch.no_grad():
             tensor.add_(noise.to(tensor.device), alpha=std)
+
+    def add_all_(self, tensors: Mapping[int, torch.Tensor], *, std: float, step: int) -> None:
+        """`add_` for several parameters, in their order."""
+        for index, tensor in tensors.items():
+            self.add_(tensor, std=std, step=step, index=index)

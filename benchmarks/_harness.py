@@ -1,0 +1,219 @@
+"""Steps to compare, how to compare them, and how to tell that they do the same. One thread, one process a memory figure."""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import math
+import statistics
+import subprocess
+import sys
+import time
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from _workloads import WORKLOADS, Workload
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+METHODS = {
+    "plain": None,
+    "bk": "ours, one pass",
+    "ghost": "ours, two passes",
+    "hooks": "ours, hooks",
+    "opacus": "Opacus hooks",
+    "opacus-ghost": "Opacus ghost",
+}
+BOUND, NOISE, RATE = 1.0, 1.0, 0.01
+Step = Callable[..., None]
+
+
+def start_batch(workload: Workload) -> tuple[Tensor, Tensor]:
+    torch.manual_seed(1)
+    return workload.batch(workload.n)
+
+
+def prepare(name: str, method: str, *, noise_multiplier: float = NOISE) -> tuple[nn.Module, Step]:
+    """A model, and a function that makes one step on a fresh copy of its batch: forward, backward, step, zero_grad."""
+    workload = WORKLOADS[name]
+    torch.manual_seed(0)
+    model = workload.model()
+    x, y = start_batch(workload)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer: Any = torch.optim.SGD(trained, lr=1e-3)
+
+    def criterion(out: Tensor, target: Tensor) -> Tensor:
+        return workload.records_loss(out, target).mean()
+
+    if method.startswith("opacus"):
+        model, optimizer, criterion = _opacus(workload, method, model, optimizer, noise_multiplier)
+    elif method != "plain":
+        model, optimizer = _ours(workload, method, model, optimizer, noise_multiplier)
+
+    def step(*, clear: bool = True) -> None:
+        criterion(model(x.clone()), y).backward()
+        optimizer.step()
+        if clear:
+            optimizer.zero_grad()
+
+    return model, step
+
+
+def _ours(workload: Workload, mode: str, model: nn.Module, optimizer: Any, noise_multiplier: float) -> Any:
+    from ghostgrad import PrivacyEngine
+
+    model, optimizer, _ = PrivacyEngine(seed=0).make_private(
+        module=model, optimizer=optimizer, data_loader=None, sample_rate=RATE, expected_batch_size=workload.n,
+        noise_multiplier=noise_multiplier, max_grad_norm=BOUND, grad_sample_mode=mode,
+    )  # fmt: skip
+    return model, optimizer
+
+
+def _opacus(workload: Workload, method: str, model: nn.Module, optimizer: Any, noise_multiplier: float) -> Any:
+    """Opacus' own wrappers and optimizers without its loader: what its make_private would put together."""
+    warnings.filterwarnings("ignore")
+    from opacus.grad_sample import GradSampleModule, GradSampleModuleFastGradientClipping
+    from opacus.layers import DPLSTM
+    from opacus.optimizers import DPOptimizer, DPOptimizerFastGradientClipping
+    from opacus.utils.fast_gradient_clipping_utils import DPLossFastGradientClipping
+
+    _replace_lstm(model, DPLSTM)
+    options = {"noise_multiplier": noise_multiplier, "max_grad_norm": BOUND, "expected_batch_size": workload.n}
+    if method == "opacus":
+        private = GradSampleModule(model, batch_first=True, loss_reduction="mean")
+        return private, DPOptimizer(optimizer, **options), lambda o, y: workload.records_loss(o, y).mean()
+    private = GradSampleModuleFastGradientClipping(
+        model, max_grad_norm=BOUND, use_ghost_clipping=True, batch_first=True, loss_reduction="mean"
+    )
+    optimizer = DPOptimizerFastGradientClipping(optimizer, **options)
+    criterion = _RecordsLoss(workload.records_loss)
+    return private, optimizer, DPLossFastGradientClipping(private, optimizer, criterion, loss_reduction="mean")
+
+
+class _RecordsLoss(nn.Module):
+    """A criterion with a `reduction`, as Opacus' ghost asks for."""
+
+    def __init__(self, losses: Callable[[Tensor, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.losses, self.reduction = losses, "mean"
+
+    def forward(self, out: Tensor, y: Tensor) -> Tensor:
+        found = self.losses(out, y)
+        return found.mean() if self.reduction == "mean" else found
+
+
+def _replace_lstm(model: nn.Module, replacement: Any) -> None:
+    """Opacus has an LSTM of its own."""
+    for name, part in model.named_children():
+        if isinstance(part, nn.LSTM):
+            new = replacement(part.input_size, part.hidden_size, batch_first=part.batch_first)
+            new.load_state_dict(part.state_dict(), strict=False)
+            setattr(model, name, new)
+
+
+# ---------------------------------------------------------------------------------- equality
+
+
+def clipped_mean_by_hand(name: str, bound: float = BOUND) -> dict[str, Tensor]:
+    """The textbook: each record alone, clipped, added up, divided by the batch size."""
+    workload = WORKLOADS[name]
+    torch.manual_seed(0)
+    model = workload.model()
+    x, y = start_batch(workload)
+    total = {k: torch.zeros_like(p, dtype=torch.float64) for k, p in model.named_parameters() if p.requires_grad}
+    for i in range(workload.n):
+        workload.records_loss(model(x[i : i + 1]), y[i : i + 1]).sum().backward()
+        grads = {k: p.grad.double() for k, p in model.named_parameters() if p.grad is not None}
+        norm = sum(float(g.square().sum()) for g in grads.values()) ** 0.5
+        for k, g in grads.items():
+            total[k] += g * min(1.0, bound / norm)
+        model.zero_grad()
+    return {k: t / workload.n for k, t in total.items()}
+
+
+def distance(name: str, method: str, truth: Mapping[str, Tensor]) -> float:
+    """How far the noise-free update of a method is from the textbook's, relative to it."""
+    model, step = prepare(name, method, noise_multiplier=0.0)
+    step(clear=False)
+    grads = {k.removeprefix("_module."): p.grad for k, p in model.named_parameters()}
+    found = {k: grads[k].double() for k in truth}
+    gap = sum(float((found[k] - t).square().sum()) for k, t in truth.items()) ** 0.5
+    return gap / sum(float(t.square().sum()) for t in truth.values()) ** 0.5
+
+
+# ---------------------------------------------------------------------------------- time, work, memory
+
+
+def interleaved(steps: Mapping[str, Step], *, rounds: int, seconds: float) -> dict[str, list[float]]:
+    """Seconds of process time of each step, all of them once a round, in a rotated order; the first are warm-up."""
+    for step in steps.values():
+        step()
+        step()
+    names, found, started = list(steps), {name: [] for name in steps}, time.perf_counter()
+    for i in range(rounds):
+        for name in names[i % len(names) :] + names[: i % len(names)]:
+            start = time.process_time()
+            steps[name]()
+            found[name].append(time.process_time() - start)
+        if time.perf_counter() - started > seconds and i >= 6:
+            break
+    return found
+
+
+def ratios(times: Mapping[str, Sequence[float]], to: str = "plain") -> dict[str, float]:
+    """Medians of the ratios of times that were taken in one round."""
+    return {k: statistics.median(a / b for a, b in zip(t, times[to], strict=True)) for k, t in times.items()}
+
+
+def work(step: Step) -> int:
+    """Floating-point operations of one step, of matrix products and convolutions."""
+    step()
+    with FlopCounterMode(
+        display=False, custom_mapping={torch.ops.aten.convolution_backward: _conv_backward}
+    ) as counter:
+        step()
+    return int(counter.get_total_flops())
+
+
+def _conv_backward(dy: Any, x: Any, weight: Any, *args: Any, out_shape: Any, **options: Any) -> int:
+    """torch's own count takes every input channel to meet every output channel, whatever the groups are."""
+    return 2 * math.prod(dy) * math.prod(weight[1:]) * sum(shape is not None for shape in out_shape[:2])
+
+
+def peak(name: str, method: str) -> float:
+    """MiB that a process of its own holds at most during a step, over what it held before it built the model."""
+    command = [sys.executable, __file__, name, method]
+    out = subprocess.run(command, capture_output=True, text=True, check=False)
+    if out.returncode:
+        return float("nan")
+    return float(json.loads(out.stdout.splitlines()[-1])["peak"])
+
+
+def _own_peak(name: str, method: str) -> float:
+    torch.set_num_threads(1)
+    torch.randn(1).sum()  # the libraries are loaded before the model is there
+    if method != "plain":
+        import ghostgrad  # noqa: F401
+    if method.startswith("opacus"):
+        import opacus  # noqa: F401
+    before = _resident("VmRSS")
+    _, step = prepare(name, method)
+    step()  # the first batch is rehearsed; what counts is every other one
+    ctypes.CDLL(None).malloc_trim(0)  # what was freed since is given back
+    Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts anew
+    for _ in range(3):
+        step()
+    return _resident("VmHWM") - before
+
+
+def _resident(entry: str) -> float:
+    """MiB, from the kernel's account of this process (Linux)."""
+    (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(entry))
+    return int(line.split()[1]) / 1024
+
+
+if __name__ == "__main__":
+    print(json.dumps({"peak": _own_peak(sys.argv[1], sys.argv[2])}))
