@@ -259,7 +259,7 @@ class PrivacyEngine:
                 target_delta=target_delta,
                 sample_rate=rate,
                 steps=releases,
-                accountant=self.accountant.mechanism,
+                accountant=self.accountant,
             )
         result = self.make_private(
             module=module, optimizer=optimizer, data_loader=data_loader, noise_multiplier=noise_multiplier,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import nn
@@ -10,13 +10,6 @@ from torch import nn
 from ghostgrad.clipping import Mode
 from ghostgrad.optimizer import DPOptimizer
 from ghostgrad.recording import Recorder
-
-_KEPT = {
-    Mode.HOOKS: "per-sample gradients (p.grad_sample)",
-    Mode.FUNCTORCH: "per-sample gradients (p.grad_sample)",
-    Mode.BK: "uses, or per-sample gradients where smaller",
-    Mode.GHOST: "norms",
-}
 
 
 @dataclass(frozen=True)
@@ -54,9 +47,7 @@ def explain(sessions: Sequence[tuple[nn.Module, Recorder, Mode, DPOptimizer]]) -
             f"grad_sample_mode={mode.value!r}, {optimizer!r}, noise by {optimizer.noise.name}; "
             f"{optimizer.spending.guarantee}"
         )
-        plans += [
-            _plan(path, part, recorder, mode) for path, part in module.named_modules() if _trains(path, part, recorder)
-        ]
+        plans += [_plan(path, part, recorder) for path, part in module.named_modules() if _trains(path, part, recorder)]
     return Explanation("\n".join(headlines) or "nothing was made private yet", tuple(plans))
 
 
@@ -64,12 +55,18 @@ def _trains(path: str, module: nn.Module, recorder: Recorder) -> bool:
     return any(p.requires_grad for p in recorder.modules.plan.claims(path, module).values())
 
 
-def _plan(path: str, module: nn.Module, recorder: Recorder, mode: Mode) -> ModulePlan:
+def _plan(path: str, module: nn.Module, recorder: Recorder) -> ModulePlan:
     plan = recorder.modules.plan
     rule, claims, layout = plan.rule(path, module), plan.claims(path, module), plan.layouts.get(path)
     path = path or type(module).__name__
     seen = recorder.observed.get(path)
-    route = ", ".join(f"{name}: {how}" for name, how in seen.routes.items()) if seen else "known after a batch"
+    route, kept = ("known after a batch",) * 2 if seen is None else (_by_name(seen.routes), _by_name(seen.kept))
     count = sum(p.numel() for p in claims.values() if p.requires_grad)
     name = rule.name if layout is None else f"{rule.name} ({layout.value})"
-    return ModulePlan(path, type(module).__name__, name, route, count, _KEPT[mode])
+    return ModulePlan(path, type(module).__name__, name, route, count, kept)
+
+
+def _by_name(facts: Mapping[str, str]) -> str:
+    """One fact for all parameters, or one for each."""
+    different = set(facts.values())
+    return different.pop() if len(different) == 1 else ", ".join(f"{name}: {fact}" for name, fact in facts.items())

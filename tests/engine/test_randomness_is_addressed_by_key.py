@@ -13,6 +13,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from ghostgrad import BatchMemoryManager, PrivacyEngine
+from ghostgrad.accounting import RDPAccountant
 
 MODES = ["hooks", "ghost", "bk", "functorch"]
 
@@ -148,3 +149,23 @@ def test_epsilon_is_that_of_the_reference_library() -> None:
     event = accountants.PoissonSampledDpEvent(0.05, accountants.GaussianDpEvent(1.1))
     reference.compose(event, 60)
     assert engine.get_epsilon(1e-5) == pytest.approx(reference.get_epsilon(1e-5), rel=1e-3)
+
+
+def test_a_target_is_calibrated_under_the_options_of_the_accountant() -> None:
+    """Replacing a record costs more than removing one, so the same target takes more noise."""
+    found = []
+    for neighbouring in ("add-or-remove-one", "replace-one"):
+        module = nn.Linear(4, 2)
+        accountant = RDPAccountant(neighbouring=neighbouring)
+        engine = PrivacyEngine(accountant=accountant, seed=0)
+        _, optimizer, _ = engine.make_private_with_epsilon(
+            module=module, optimizer=torch.optim.SGD(module.parameters(), lr=0.1), data_loader=None, sample_rate=0.1,
+            expected_batch_size=4.0, target_epsilon=3.0, target_delta=1e-5, total_steps=20, max_grad_norm=1.0,
+        )  # fmt: skip
+        assert len(accountant) == 0
+        for _ in range(20):
+            optimizer.step()
+            optimizer.zero_grad()
+        assert 2.9 < engine.get_epsilon(1e-5) <= 3.0
+        found.append(optimizer.noise_multiplier)
+    assert found[1] > 1.2 * found[0]

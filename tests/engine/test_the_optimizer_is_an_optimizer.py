@@ -324,3 +324,19 @@ def test_repr_and_explain_say_which_clipper_is_used() -> None:
     assert [plan.path for plan in engine.explain().modules] == ["0", "2"]
     assert isinstance(optimizer, DPOptimizer)
     assert "max_grad_norm=1.0" in repr(optimizer)
+
+
+@pytest.mark.parametrize(
+    ("mode", "kept"),
+    [
+        ("hooks", "per-sample gradients (p.grad_sample)"),
+        ("functorch", "per-sample gradients (p.grad_sample)"),
+        ("ghost", "norms"),
+        ("bk", "weight: inputs and output gradients, bias: per-sample gradients"),
+    ],
+)
+def test_explain_says_for_each_layer_what_was_kept(mode: str, kept: str) -> None:
+    engine, module, optimizer, loader, _ = make(grad_sample_mode=mode)
+    train(module, optimizer, loader)
+    assert [plan.kept for plan in engine.explain().modules] == [kept, kept]
+    assert kept in str(engine.explain())

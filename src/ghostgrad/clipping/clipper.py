@@ -68,8 +68,8 @@ class Clipper:
         """A gradient went by unrecorded."""
         self.total.passed_by = True
 
-    def measure(self, parameter: nn.Parameter, use: Use, *, complete: bool) -> str:
-        """Take note of a use of a weight; returns the route its norm takes."""
+    def measure(self, parameter: nn.Parameter, use: Use, *, complete: bool) -> tuple[str, str]:
+        """Take note of a use of a weight; returns the route its norm takes, and what is kept until the factors are known."""
         if parameter in self._sq_norms:
             raise PrivacyError(
                 "a weight was used again after its norm had been taken (a module re-run by re-entrant checkpointing). Use "
@@ -77,11 +77,13 @@ class Clipper:
             )
         if self.two_passes and complete and parameter not in self._uses:
             self._sq_norms[parameter] = use.sq_norms()
-            return use.route
+            return use.route, "norms"
+        route = use.route
         if not self.two_passes:
             use = Explicit(use.grad_samples()) if self._shows else self._compact(use)
         self._uses.setdefault(parameter, []).append(use)
-        return use.route
+        kept = "per-sample gradients" if isinstance(use, Explicit) else "inputs and output gradients"
+        return route, f"{kept} (p.grad_sample)" if self._shows else kept
 
     def _compact(self, use: Use) -> Use:
         small = use.compact(self._room)

@@ -47,8 +47,8 @@ class Sink(Protocol):
     def note_pass(self) -> None:
         """A gradient went through the graph that is not recorded (`torch.autograd.grad` of the inputs)."""
 
-    def measure(self, parameter: nn.Parameter, use: Use, *, complete: bool) -> str:
-        """Take note of a use; ``complete`` says that no other use of the weight can follow. Returns the route."""
+    def measure(self, parameter: nn.Parameter, use: Use, *, complete: bool) -> tuple[str, str]:
+        """Take note of a use; ``complete`` says that no other use of the weight can follow. The route, and what is kept."""
 
     def settle(self, n: int, unit: float) -> None:
         """All uses are known: work out the factors, and with one pass the sums.
@@ -72,6 +72,7 @@ class Observation:
 
     rule: str
     routes: Mapping[str, str]
+    kept: Mapping[str, str]
 
 
 class Recorder:
@@ -235,16 +236,16 @@ class Recorder:
             self._linearity.check(call)
         with self.modules.paused():
             uses = rule.uses(call)
-        routes = {}
+        routes, kept = {}, {}
         for name, parameter in call.parameters.items():
             if self._phase is Phase.SUM:
                 self.sink.add(parameter, uses[name])
                 continue
             tape.calls[parameter] -= 1
             complete = tape.calls[parameter] == 0 and len(self._live) == 1
-            routes[name] = self.sink.measure(parameter, uses[name], complete=complete)
+            routes[name], kept[name] = self.sink.measure(parameter, uses[name], complete=complete)
         if routes and call.path not in self.observed:
-            self.observed[call.path] = Observation(rule.name, routes)
+            self.observed[call.path] = Observation(rule.name, routes, kept)
 
     def _backward(self, recording: Recording, grads: tuple[Tensor | None, ...]) -> Sequence[Tensor | None]:
         """Answer the gradients of the root's outputs: measure every use now, add up when the outermost backward ends."""
