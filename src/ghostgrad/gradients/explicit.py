@@ -11,7 +11,7 @@ from ghostgrad.gradients.use import Use, rows_where, wide
 
 
 class Explicit(Use):
-    """Per-sample gradients [n, *p], materialised."""
+    """Per-sample gradients ``[n, *p]``, materialised."""
 
     def __init__(self, grads: Tensor) -> None:
         self._grads = wide(grads)

@@ -25,7 +25,7 @@ class Use(ABC):
     """
 
     shape: torch.Size
-    """The shape of the weight, [*p]."""
+    """The shape of the weight, ``[*p]``."""
 
     @property
     @abstractmethod
@@ -34,7 +34,7 @@ class Use(ABC):
 
     @abstractmethod
     def grad_samples(self) -> Tensor:
-        """Each record's gradient, [n, *p]."""
+        """Each record's gradient, ``[n, *p]``."""
 
     @abstractmethod
     def keep_rows(self, mask: Tensor) -> Use:
@@ -61,7 +61,7 @@ class Use(ABC):
         return sq_norms_of(self.grad_samples())
 
     def weighted_sum(self, factors: Tensor) -> Tensor:
-        """``sum_n factors[n] * grad_samples[n]``, [*p]."""
+        """``sum_n factors[n] * grad_samples[n]``, ``[*p]``."""
         grads = self.grad_samples()
         return (factors.to(grads.dtype) @ grads.reshape(self.n, self.shape.numel())).reshape(self.shape)
 
@@ -114,7 +114,7 @@ def sq_rows(tensor: Tensor) -> Tensor:
 
 
 def sq_norms_of(grads: Tensor) -> Tensor:
-    """Squared norms [n] of per-sample gradients [n, *p]."""
+    """Squared norms [n] of per-sample gradients ``[n, *p]``."""
     if grads.dim() < 3:
         return sq_rows(grads.reshape(len(grads), grads.shape[1:].numel()))
     return sq_rows(grads.reshape(*grads.shape[:2], grads.shape[2:].numel())).sum(1)

@@ -163,6 +163,6 @@ class Call:
 
 
 def sum_to(grads: Tensor, shape: torch.Size) -> Tensor:
-    """Per-sample gradients [n, ..., *p] summed over everything between the record and the parameter: [n, *p]."""
+    """Per-sample gradients ``[n, ..., *p]`` summed over everything between the record and the parameter: ``[n, *p]``."""
     between = tuple(range(1, grads.dim() - len(shape)))
     return grads.sum(between) if between else grads

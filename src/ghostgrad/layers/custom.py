@@ -16,7 +16,7 @@ from ghostgrad.layers.registry import Rule, RuleFunction, built_in, own_paramete
 from ghostgrad.tree import tensors
 
 GradSampler = Callable[[Any, list[Tensor], Tensor], Mapping[nn.Parameter, Tensor]]
-"""``sampler(module, activations, backprops)``: each trainable parameter's per-sample gradients [n, *p]."""
+"""``sampler(module, activations, backprops)``: each trainable parameter's per-sample gradients ``[n, *p]``."""
 
 
 @overload
@@ -38,7 +38,7 @@ def register_rule(
 
     The function gets one `Call` (arguments, gradients of the outputs, and ``call.rows``, which knows where the records are) and
     returns a `Use` for each of ``call.parameters``, by local name: `Matmul`, `Lookup`, or `Explicit` where you have
-    per-sample gradients [n, *p]. Norms, factors and sums are then worked out as for any other layer, in every mode but
+    per-sample gradients ``[n, *p]``. Norms, factors and sums are then worked out as for any other layer, in every mode but
     ``"functorch"``, which stays the slow cross-check. A subclass inherits the rule unless it overrides `forward`.
 
     A rule that is wrong is not found by the row proofs: what it says is taken for the gradient. Hold it to the loop over single
@@ -109,7 +109,7 @@ def register_grad_sampler(
     It gets what Opacus gives it: the positional tensors of the call, detached, with the batch first (dimension 1 moved to the
     front where the model is built with ``batch_first=False``), and the gradient of the only output, likewise, which for
     a mean loss is multiplied by the number of records: it is that of each record's own loss. It returns
-    ``{parameter: grad_sample}`` with grad_sample [n, *p] for the trainable parameters of the module.
+    ``{parameter: grad_sample}`` with grad_sample ``[n, *p]`` for the trainable parameters of the module.
 
     Unlike in Opacus, rows are held to records: where a batch was folded to more rows than records, the module above answers for
     this one's parameters, record by record.
