@@ -56,7 +56,8 @@ def test_no_record_adds_more_than_the_bound(case, mode, dtype, bound):
         assert max(found) >= bound * (0.98 if dtype == torch.bfloat16 else 1 - 1e-5), "clipped further than needed"
 
 
-@pytest.mark.parametrize("case", ALL, ids=str)
+# torch has no orthogonal factors in bfloat16.
+@pytest.mark.parametrize("case", [case for case in ALL if case.name != "orthogonal"], ids=str)
 def test_no_layer_lets_a_record_add_more_than_the_bound(case):
     (found,) = contributions(case, "bk", 0.01, torch.bfloat16, [5])
     assert found <= 0.01 * (1 + 1e-6)
