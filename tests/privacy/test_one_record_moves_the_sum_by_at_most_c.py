@@ -331,10 +331,11 @@ def test_a_head_of_zeros_does_not_hide_that_records_meet(mode: str, mix: Callabl
     [
         lambda m, h: h - h.mean(0).detach(),
         lambda m, h: h / len(h),
+        lambda m, h: h + sum(torch.rand(()) for _ in h),
         lambda m, h: h * (torch.arange(len(h)) < 3).view(-1, 1),  # an expert's capacity
         lambda m, h: h + torch.zeros_like(h).masked_fill_(h.detach() > h.detach().median(0).values, 1.0),
     ],
-    ids=["centred", "divided by the size", "capacity", "above the median"],
+    ids=["centred", "divided by the size", "one draw for each", "capacity", "above the median"],
 )
 def test_random_numbers_in_the_model_do_not_hide_that_records_meet(mix: Callable[[nn.Module, Tensor], Tensor]) -> None:
     """A variational model, noisy gating: no two forwards are alike, with one record fewer least of all."""
