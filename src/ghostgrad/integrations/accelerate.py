@@ -61,7 +61,8 @@ class OnDevice:
 def _check(accelerator: Any) -> None:
     if accelerator.num_processes > 1:
         raise ConfigurationError(
-            f"the Accelerator has num_processes={accelerator.num_processes}; train in one process."
+            f"the Accelerator has num_processes={accelerator.num_processes} and would share batches out that the private loader "
+            f"shares out itself. Call make_private on every rank without prepare, or train in one process."
         )
     if accelerator.mixed_precision == "fp16":
         raise ConfigurationError("mixed_precision='fp16' scales the loss and skips steps; use 'bf16'.")
