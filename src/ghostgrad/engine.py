@@ -8,10 +8,13 @@ from typing import Any, Literal
 import torch
 from torch import nn
 from torch.optim import Optimizer
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 
 from ghostgrad import checking, setup
-from ghostgrad.accounting import Accountant, create_accountant, get_noise_multiplier
+from ghostgrad.accounting import Accountant, Ledger, create_accountant, get_noise_multiplier
+from ghostgrad.accounting.base import fresh
+from ghostgrad.audit import AuditResult, audit_training
+from ghostgrad.audit.records import Score
 from ghostgrad.clipping import ClipFunction, Mode, trainable
 from ghostgrad.distributed import Topology, current
 from ghostgrad.errors import ConfigurationError, choose
@@ -402,6 +405,74 @@ class PrivacyEngine:
         if verbose:
             print(report)
         return report
+
+    def audit(
+        self,
+        train: Callable[[PrivacyEngine, Dataset[Any]], Score],
+        dataset: Dataset[Any],
+        canaries: Sequence[Any],
+        *,
+        delta: float,
+        runs: int = 1,
+        guesses: int | Sequence[int] | None = None,
+        threshold: float | None = None,
+        confidence: float = 0.95,
+        seed: int | None = None,
+    ) -> AuditResult:
+        """Attack a whole training of yours: put canaries into its data by coins, train, and guess the coins.
+
+        Every run is a training of its own with a fresh engine like this one (same accountant and secure mode), which spends what
+        it spends on the records; this engine and its ledger are left alone. Several canaries are judged by the one-run bound of
+        Steinke, Nasr and Jagielski (2023), which holds whatever they do to each other, over any number of runs; a single canary
+        in many runs by error rates (Clopper and Pearson), which show more for each coin and cost a training each.
+
+        Args:
+            train: ``train(engine, dataset)`` is your loop, with ``engine.make_private`` in it, on a new model. It returns a
+                score: a function from a record to a number, higher for records that look trained on, for example
+                ``ghostgrad.audit.loss_score(model, loss)``.
+            dataset: the real records.
+            canaries: records that are not in the dataset and not copies from it (`ghostgrad.audit.OneRun` says why).
+            delta: where epsilon is reported. The verdict looks at every delta.
+            runs: trainings. Default 1.
+            guesses: how many coins are guessed; see `ghostgrad.audit.OneRun.result`.
+            threshold: with one canary and many runs, the score above which it is guessed in. Default None chooses it on the first
+                half of the runs and counts on the second.
+            confidence: if the claim is true, the verdict is "contradicted" with probability at most ``1 - confidence``.
+            seed: makes coins, sampling and noise of all runs reproducible, for tests. Default None.
+
+        Returns:
+            An `AuditResult`. It says itself what it does not show, and what of it may be published.
+
+        Raises:
+            ConfigurationError: an argument cannot be used, the runs differ, or the training was without Poisson sampling.
+
+        >>> from torch.utils.data import TensorDataset
+        >>> from ghostgrad.audit import loss_score
+        >>> def train(engine, dataset):
+        ...     model = torch.nn.Linear(4, 1)
+        ...     model, optimizer, loader = engine.make_private(
+        ...         module=model, optimizer=torch.optim.SGD(model.parameters(), lr=0.1),
+        ...         data_loader=DataLoader(dataset, batch_size=8), noise_multiplier=1.0, max_grad_norm=1.0)
+        ...     for x, y in loader:
+        ...         (model(x) - y).pow(2).mean().backward()
+        ...         optimizer.step()
+        ...         optimizer.zero_grad()
+        ...     return loss_score(model, lambda model, record: (model(record[0]) - record[1]).pow(2).sum())
+        >>> data = TensorDataset(torch.randn(32, 4), torch.randn(32, 1))
+        >>> canaries = [(torch.randn(4), torch.randn(1)) for _ in range(20)]
+        >>> PrivacyEngine().audit(train, data, canaries, delta=1e-3, confidence=0.999).verdict
+        'consistent'
+        """
+
+        def like_this(seed: int | None) -> PrivacyEngine:
+            accountant = fresh(self._accountant)
+            accountant.ledger = Ledger()
+            return PrivacyEngine(accountant, secure_mode=self.secure_mode, seed=seed)
+
+        return audit_training(
+            like_this, train, dataset, canaries, delta=delta, runs=runs, guesses=guesses, threshold=threshold,
+            confidence=confidence, seed=seed,
+        )  # fmt: skip
 
     def __repr__(self) -> str:
         return (
