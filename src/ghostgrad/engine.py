@@ -444,7 +444,7 @@ class PrivacyEngine:
             An `AuditResult`. It says itself what it does not show, and what of it may be published.
 
         Raises:
-            ConfigurationError: an argument cannot be used, the runs differ, or the training was without Poisson sampling.
+            ConfigurationError: an argument cannot be used, or the training was without Poisson sampling or made no step.
 
         >>> from torch.utils.data import TensorDataset
         >>> from ghostgrad.audit import loss_score

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ghostgrad.audit.evidence import Evidence, count_errors
+from ghostgrad.audit.evidence import Coins, Evidence, Floats, count_errors
 from ghostgrad.audit.result import AuditResult, Claim, judge
 from ghostgrad.audit.scores import check_optimizer
 from ghostgrad.errors import ConfigurationError, choose
@@ -161,6 +161,16 @@ class GradientCanaries:
         self._pending = {}
 
     # ------------------------------------------------------------------ the finding
+
+    @property
+    def scores(self) -> Floats:
+        """The scores, by step and parameter: 0 or 1, and noise of standard deviation sigma. They are the noise: keep them."""
+        return np.array([self._scores[at] for at in sorted(self._scores)])
+
+    @property
+    def included(self) -> Coins:
+        """The coins, in the same order."""
+        return np.array([self._included[at] for at in sorted(self._scores)])
 
     def result(self, *, delta: float, confidence: float = 0.95) -> AuditResult:
         """Hold the errors of all canaries, and of those of each parameter, against one release at the noise multiplier claimed.

@@ -19,7 +19,7 @@ from ghostgrad.spending import ShuffledSpending
 Score = Callable[[Any], float]
 """From a canary to a number; higher means that it looks more as if it was trained on."""
 
-ASSUMES_NOTHING = "nothing of how canaries influence each other"
+ASSUMES_NOTHING = "nothing of how canaries influence each other, nor of the kind of mechanism"
 NOT_SHOWN = (
     "The attack only uses what the score looks at; a score of the final model's loss sees far less than an attacker who sees "
     "every step.",
@@ -119,6 +119,7 @@ class OneRun:
             guesses=guesses,
             confidence=confidence,
             runs=1,
+            assumes=ASSUMES_NOTHING,
         )
 
 
@@ -145,8 +146,8 @@ def claim_of(engine: _Private) -> Claim:
     if ShuffledSpending.guarantee in engine.guarantee:
         raise ConfigurationError(
             f"the engine claims epsilon where {ShuffledSpending.guarantee}: a record that a coin leaves out of the dataset is "
-            f"not blanked, it moves the others to other batches. Audit with poisson_sampling=True, or with GradientCanaries, whose "
-            f"canaries leave everything in its place."
+            f"not blanked, it moves the others to other batches. Audit with poisson_sampling=True, or with "
+            f"GradientCanaries, whose canaries leave everything in its place."
         )
     return Claim.of_accountant(engine.accountant)
 
@@ -160,6 +161,7 @@ def judge_guesses(
     guesses: int | Sequence[int] | None,
     confidence: float,
     runs: int,
+    assumes: str,
 ) -> AuditResult:
     """Guess the extremes of the scores, as many as was said before."""
     numbers = _numbers(guesses, len(scores))
@@ -178,7 +180,7 @@ def judge_guesses(
         confidence=confidence,
         canaries=len(scores) // runs,
         runs=runs,
-        assumes=ASSUMES_NOTHING,
+        assumes=assumes,
         does_not_show=NOT_SHOWN,
         may_be_published=MAY_BE_PUBLISHED,
     )

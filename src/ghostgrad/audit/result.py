@@ -19,8 +19,9 @@ from ghostgrad.errors import MissingDependencyError
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-_DELTAS = (1e-9, 1e-8, 1e-7, 1e-6, 1e-5, 1e-4, 1e-3, 3e-3, 0.01, 0.03, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5)
-"""Where a claim is held against the evidence, beside the delta asked for. One event of small probability covers all."""
+_DELTAS = (1e-9, 1e-7, 1e-6, 1e-5, 1e-4, 1e-3, 0.01, 0.03, *(round(0.05 * i, 2) for i in range(1, 20)))
+"""Where a claim is held against the evidence, beside the delta asked for. One event of small probability covers all; with few
+trials much is shown at a large delta only (at epsilon 0, delta is the advantage over guessing)."""
 
 _ALWAYS_OPEN = (
     "A consistent verdict does not prove the claim: another attack, or more canaries, may find more.",
@@ -44,6 +45,12 @@ class Claim:
         """All that an accountant has noted."""
         text = f"{len(accountant)} releases by {accountant.mechanism}, {accountant.neighbouring}"
         return cls(text, accountant.get_epsilon)
+
+    @classmethod
+    def weakest(cls, claims: Sequence[Claim]) -> Claim:
+        """What holds for each of several trainings: the largest epsilon at every delta."""
+        text = claims[0].text if len(claims) == 1 else f"{claims[0].text}; the weakest of {len(claims)} ledgers"
+        return cls(text, lambda delta: max(claim.epsilon(delta) for claim in claims))
 
     @classmethod
     def of_gaussian(cls, noise_multiplier: float) -> Claim:
