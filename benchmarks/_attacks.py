@@ -107,12 +107,12 @@ def one_pass(seed: int, trials: int = 160) -> AuditResult:
     canary[0, 0] = 1.0
 
     def loop(engine: PrivacyEngine, dataset: Any) -> Callable[[Any], float]:
-        made = private(engine, Sum(2), dataset, 2, 0.2, shuffle=True, sample_rate=0.1, expected_batch_size=2.0)
+        made = private(engine, Sum(2), dataset, 2, 0.2, shuffle=True, sample_rate=0.2, expected_batch_size=2.0)
         with Releases(made[1]) as releases:
             train(*made)
         return lambda _: max(float(step[0]) for step in releases.steps)
 
-    return _many(loop, TensorDataset(torch.zeros(19, 1, 2)), (canary,), seed, trials)
+    return _many(loop, TensorDataset(torch.zeros(9, 1, 2)), (canary,), seed, trials)
 
 
 def _many(
