@@ -315,8 +315,11 @@ class _Stream(IterableDataset[Any]):
     ],
 )
 def test_arguments_that_cannot_be_are_refused(options: dict[str, Any], message: str) -> None:
+    def never(engine: PrivacyEngine, dataset: Any) -> Any:
+        raise AssertionError("trained before the arguments were looked at")
+
     with pytest.raises(ConfigurationError, match=message):
-        result(**options)
+        PrivacyEngine().audit(never, records(), canaries(), **{"delta": DELTA, **options})
 
 
 def test_games_that_show_nothing_are_refused() -> None:

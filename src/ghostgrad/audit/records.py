@@ -164,7 +164,7 @@ def judge_guesses(
     assumes: str,
 ) -> AuditResult:
     """Guess the extremes of the scores, as many as was said before."""
-    numbers = _numbers(guesses, len(scores))
+    numbers = numbers_of_guesses(guesses, len(scores))
 
     def look(number: int) -> Callable[[float], Evidence]:
         return lambda level: guess_extremes(scores, included, number)
@@ -186,7 +186,8 @@ def judge_guesses(
     )
 
 
-def _numbers(guesses: int | Sequence[int] | None, canaries: int) -> tuple[int, ...]:
+def numbers_of_guesses(guesses: int | Sequence[int] | None, canaries: int) -> tuple[int, ...]:
+    """How many coins each look guesses, checked."""
     if guesses is None:
         return default_guesses(canaries)
     numbers = (guesses,) if isinstance(guesses, int) else tuple(dict.fromkeys(guesses))

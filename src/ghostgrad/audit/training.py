@@ -9,6 +9,8 @@ import numpy as np
 from torch.utils.data import Dataset
 
 from ghostgrad.accounting import Ledger
+from ghostgrad.accounting._checks import check_delta
+from ghostgrad.audit.bounds import check_confidence
 from ghostgrad.audit.evidence import Coins, Evidence, Floats, count_errors, split_errors
 from ghostgrad.audit.records import (
     ASSUMES_NOTHING,
@@ -19,6 +21,7 @@ from ghostgrad.audit.records import (
     _Private,
     claim_of,
     judge_guesses,
+    numbers_of_guesses,
 )
 from ghostgrad.audit.result import AuditResult, Claim, judge
 from ghostgrad.errors import ConfigurationError
@@ -42,6 +45,10 @@ def audit_training(
 ) -> AuditResult:
     """``PrivacyEngine.audit`` with engines that ``new_engine`` makes, given a seed or None."""
     many = _is_many(runs, canaries, guesses, threshold)
+    # Found out now, not after the trainings.
+    check_delta(delta)
+    check_confidence(confidence)
+    numbers_of_guesses(guesses, runs * len(canaries))
     games: list[tuple[Floats, Coins]] = []
     claims: list[tuple[Ledger, Claim]] = []
     for run in range(runs):
