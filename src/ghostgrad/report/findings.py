@@ -31,6 +31,12 @@ def _voids(data: Mapping[str, Any]) -> Iterator[Finding]:
         )
     if uppers and all(upper == "inf" for upper in uppers):
         yield _finding("epsilon-infinite", "void", "Epsilon is infinite at every delta: nothing is guaranteed.")
+    if uppers and all(upper == "unknown" for upper in uppers):
+        yield _finding(
+            "epsilon-unknown",
+            "void",
+            "No accountant can read this ledger, so epsilon is unknown: nothing is guaranteed.",
+        )
     if any(t["noise"]["seeded"] is True for t in trainings):
         yield _finding(
             "seeded",

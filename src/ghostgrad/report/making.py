@@ -13,7 +13,7 @@ from ghostgrad.errors import ConfigurationError, choose
 from ghostgrad.report.findings import find, verdict
 from ghostgrad.report.numbers import UNKNOWN
 from ghostgrad.report.privacy_report import FORMAT, VERSION, PrivacyReport
-from ghostgrad.report.reading import accountants, attacks, epsilons, figures, kept, releases
+from ghostgrad.report.reading import accountants, attacks, epsilons, figures, kept, releases, tightest
 
 DEFAULT_DELTAS = (1e-5, 1e-6, 1e-8)
 
@@ -69,7 +69,7 @@ def make_report(
         _check_text(name, text)
     neighbouring = _relation(accountant, trainings)
     held = accountants(accountant.ledger, neighbouring, accountant)
-    tight = held[1]
+    tight = tightest(held)
     data: dict[str, Any] = {
         "format": FORMAT,
         "version": VERSION,

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ghostgrad.accounting import Ledger
 from ghostgrad.errors import ConfigurationError
 from ghostgrad.report import _schema
 from ghostgrad.report.findings import find, verdict
@@ -165,6 +166,8 @@ def _check(data: Any) -> None:
             f"ghostgrad that wrote it."
         )
     _schema.validate(data)
+    if isinstance(data["ledger"], dict):
+        Ledger.from_state_dict(data["ledger"])
     said = {finding["code"] for finding in data["findings"]}
     missing = [
         finding["code"] for finding in find(data) if finding["effect"] != "other" and finding["code"] not in said
