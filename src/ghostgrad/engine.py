@@ -372,8 +372,8 @@ class PrivacyEngine:
             ConfigurationError: an argument is none of these.
 
         >>> report = PrivacyEngine().report(deltas=[1e-5], title="Nothing yet")
-        >>> report.to_latex()[:59]
-        'The training is $(0, 10^{-5})$-differentially private with '
+        >>> report.to_latex()[:54]
+        'The training is $(0, 10^{-5})$-differentially private '
         """
         setup.check_flags(not_private=not_private)
         return make_report(

@@ -16,7 +16,10 @@ from ghostgrad.report.markdown import escape
 
 Train = Callable[..., PrivacyEngine]
 
-EVIL = "</style><script>alert(1)</script> | [x](http://evil.example) $\\input{/etc/passwd}$ _a_ **b** `c`\n# d\n<img src=x> \u2028e"
+EVIL = (
+    "</style><script>alert(1)</script> | [x](http://evil.example) $\\input{/etc/passwd}$ _a_ **b** "
+    "`c`\n# d\n<img src=x> \u2028e"
+)
 
 
 class Page(html.parser.HTMLParser):

@@ -14,6 +14,12 @@ _ESCAPES = {
     "^": r"\textasciicircum{}", "~": r"\textasciitilde{}", "<": r"\textless{}", ">": r"\textgreater{}",
 }  # fmt: skip
 
+_CLAIMS = {
+    "yes": "The training is",
+    "no": "If it were not for that, the training would be",
+    "unknown": "If that is so, the training is",
+}
+
 
 def escape(text: str) -> str:
     r"""Text that LaTeX sets as it is, on one line.
@@ -27,17 +33,16 @@ def escape(text: str) -> str:
 
 def to_latex(data: Mapping[str, Any]) -> str:
     """One line; what voids the guarantee comes first."""
-    row = headline(data)
-    upper = "unknown" if row is None else row["upper"]
-    epsilon = {"inf": r"\infty", "unknown": r"\text{unknown}"}.get(upper, at_most(upper))
-    delta = _power(data["epsilon"][0]["delta"])
+    row, delta = headline(data), _power(data["epsilon"][0]["delta"])
     doubts = [f for f in data["findings"] if f["effect"] != "other"]
     first = "".join(f"\\textbf{{{escape(f['statement'])}}} " for f in doubts)
-    if_so = {"yes": "The training is", "no": "What was accounted is", "unknown": "If that is so, the training is"}
-    by = "" if row is None else f" ({escape(row['accountant'])} accountant)"
+    unit = f"privacy unit: {escape(data['privacy_unit'])}"
+    if row is None or row["upper"] == "inf":
+        kind = "known" if row is None else "finite"
+        return f"{first}No {kind} $\\varepsilon$ can be claimed at $\\delta = {delta}$ ({unit}).\n"
     return (
-        f"{first}{if_so[data['holds']]} $({epsilon}, {delta})$-differentially private with respect to "
-        f"{RELATIONS[data['neighbouring']]}; privacy unit: {escape(data['privacy_unit'])}{by}.\n"
+        f"{first}{_CLAIMS[data['holds']]} $({at_most(row['upper'])}, {delta})$-differentially private with respect to "
+        f"{RELATIONS[data['neighbouring']]} ({unit}; {escape(row['accountant'])} accountant).\n"
     )
 
 

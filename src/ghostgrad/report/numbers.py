@@ -42,6 +42,15 @@ def shown(number: Any, digits: int = 4) -> str:
     return _shown(number, digits, ROUND_HALF_EVEN, "g")
 
 
+def nearly(number: Any, digits: int = 4) -> str:
+    """To nearest, with all digits, to stand in a column with bounds.
+
+    >>> nearly(2.10999)
+    '2.110'
+    """
+    return _shown(number, digits, ROUND_HALF_EVEN, "#")
+
+
 def at_most(number: Any, digits: int = 4) -> str:
     """An upper bound, rounded up.
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ghostgrad.report.numbers import at_least, at_most, shown
+from ghostgrad.report.numbers import at_least, at_most, nearly, shown
 
 Data = Mapping[str, Any]
 
@@ -19,6 +19,11 @@ VERDICTS = {
     "yes": "The guarantee holds as stated.",
     "no": "The guarantee does not hold.",
     "unknown": "The guarantee rests on what the library could not see.",
+}
+_CLAIMS = {
+    "yes": "The trained parameters are",
+    "no": "If it were not for that, the trained parameters would be",
+    "unknown": "If what is assumed is true, the trained parameters are",
 }
 EFFECTS = {"void": "Does not hold", "assumed": "Assumed", "other": "Note"}
 
@@ -51,20 +56,17 @@ def headline(data: Data) -> dict[str, Any] | None:
 
 
 def statement(data: Data) -> str:
-    """The guarantee in a sentence, with what voids it first."""
-    row = headline(data)
+    """The guarantee in a sentence, and whether it is one."""
+    row, delta = headline(data), shown(data["epsilon"][0]["delta"])
     if row is None:
-        return "Epsilon is unknown."
-    epsilon, delta = at_most(row["upper"]), shown(row["delta"])
+        return f"Epsilon at delta {delta} is unknown."
+    if row["upper"] == "inf":
+        return f"No finite epsilon can be claimed at delta {delta}."
     claim = (
-        f"The trained parameters are ({epsilon}, {delta})-differentially private with respect to "
-        f"{RELATIONS[data['neighbouring']]} (by the {row['accountant']} accountant)."
+        f"({at_most(row['upper'])}, {delta})-differentially private with respect to {RELATIONS[data['neighbouring']]} "
+        f"(by the {row['accountant']} accountant)."
     )
-    if data["holds"] == "no":
-        return f"{VERDICTS['no']} What was accounted: {claim[0].lower()}{claim[1:]}"
-    if data["holds"] == "unknown":
-        return f"If what is assumed below is true: {claim[0].lower()}{claim[1:]}"
-    return claim
+    return f"{_CLAIMS[data['holds']]} {claim}"
 
 
 def sections(data: Data) -> list[Section]:
@@ -94,7 +96,7 @@ def _epsilon(data: Data) -> Section:
             shown(row["delta"]),
             row["accountant"] if row["bound"] else f"{row['accountant']} (approximation)",
             at_least(row["lower"]),
-            at_most(row["upper"]) if row["bound"] else shown(row["upper"]),
+            at_most(row["upper"]) if row["bound"] else nearly(row["upper"]),
             row["method"],
         )
         for row in data["epsilon"]
