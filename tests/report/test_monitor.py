@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import math
 from collections.abc import Iterator
 from itertools import pairwise
@@ -297,6 +298,41 @@ def test_watching_changes_no_bit_of_the_training(mode: str) -> None:
     assert torch.equal(*ends)
 
 
+def test_it_is_read_in_a_hook_behind_the_logical_steps() -> None:
+    engine, module, optimizer, loader = make(sample_rate=1.0)
+    monitor = Monitor(engine, private_share=0.1, not_private=True)
+    shown: list[dict[str, str]] = []
+    optimizer.register_step_post_hook(lambda *_: shown.append(monitor.postfix()))
+    with BatchMemoryManager(data_loader=loader, max_physical_batch_size=5, optimizer=optimizer) as pieces:
+        for x, y in pieces:
+            step(module, optimizer, x, y)
+    assert [line["step"] for line in shown] == ["1"], "once for the three pieces"
+    assert {"clipped", "clipped!"} < set(shown[0])
+
+
+def test_it_fits_a_progress_bar() -> None:
+    tqdm = pytest.importorskip("tqdm")
+    engine, module, optimizer, loader = make()
+    monitor = Monitor(engine)
+    with tqdm.tqdm(loader, file=io.StringIO()) as bar:
+        for x, y in bar:
+            step(module, optimizer, x, y)
+            bar.set_postfix(monitor.postfix())
+        assert "epsilon=" in str(bar)
+        assert "noise/signal=" in str(bar)
+
+
+def test_one_monitor_s_end_does_not_blind_another() -> None:
+    engine, module, optimizer, loader = make(noise_multiplier=0.0, sample_rate=1.0)
+    exact, noisy = Monitor(engine, not_private=True), Monitor(engine, private_share=0.1)
+    exact.close()
+    exact.close()
+    step(module, optimizer, *next(iter(loader)))
+    assert float(noisy.counts[1:].sum()) == 12.0
+    noisy.close()
+    assert optimizer.total.watchers == 0
+
+
 def test_a_noisy_quantile_interpolates_in_its_bin() -> None:
     engine, module, optimizer, loader = make(noise_multiplier=0.0, sample_rate=1.0)
     monitor = Monitor(engine, private_share=0.1, bins=(0.5, 1.0, 2.0, 4.0))
@@ -359,7 +395,7 @@ def test_a_share_is_spent_once() -> None:
         assert optimizer.gradient_noise_multiplier(1.0) == pytest.approx(1 / math.sqrt(0.9))
         step(module, optimizer, *next(iter(loader)))
     assert optimizer.gradient_noise_multiplier(1.0) == 1.0
-    assert optimizer.total.watched is False
+    assert optimizer.total.watchers == 0
     Monitor(engine, private_share=0.2)
     (training,) = engine.report(deltas=[1e-5]).data["trainings"]
     assert "for 0.1 of a step's budget" in training["also_released"][0], "what was released stays in the report"
@@ -393,7 +429,7 @@ def test_arguments_that_cannot_be_used(options: dict[str, Any], said: str) -> No
     with pytest.raises(ConfigurationError, match=said):
         Monitor(engine, **options)
     assert optimizer.measurement is None
-    assert optimizer.total.watched is False
+    assert optimizer.total.watchers == 0
 
 
 def test_which_training_is_meant() -> None:

@@ -47,8 +47,8 @@ class ClippedSum:
         """Records dropped since the start because their gradient was not finite. Not private: do not publish it."""
         self.last_seen: Seen | None = None
         """The records of the last step, where somebody watches. Private."""
-        self.watched = False
-        """Whether norms are kept until the step."""
+        self.watchers = 0
+        """How many look at the records; norms are kept until the step for them."""
         self._abandoned = self._closed = self._closed_draw = -1
         self.clear()
 
@@ -71,7 +71,7 @@ class ClippedSum:
         """The sum was released: its records, and any others of the batch that is held, are spent."""
         for number in self.logical_batches:
             self._empty_batches.pop(number, None)
-        self.last_seen = self.seen if self.watched else None
+        self.last_seen = self.seen if self.watchers else None
         self.clear()
         self._used_before, self._used = self._used, {}
         if self._delivery:

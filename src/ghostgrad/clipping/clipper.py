@@ -104,7 +104,7 @@ class Clipper:
         sq_norms = _columns([self._sq_norms.get(p) for p in parameters], n) * unit**2
         self._statistic = self.function.statistic(sq_norms)
         factors = self.function.factors(sq_norms).expand(n, len(parameters))
-        self._seen = Seen.of(sq_norms, factors) if self.total.watched else None
+        self._seen = Seen.of(sq_norms, factors) if self.total.watchers else None
         finite = sq_norms.sum(1).isfinite()
         if not bool(finite.all()):
             self._finite = finite

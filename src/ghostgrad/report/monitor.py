@@ -42,7 +42,8 @@ class Monitor:
     Formal guarantee of the second: that of `ghostgrad.clipping.Measurement`. Sum and counts of a step are together one
     Gaussian mechanism of the noise multiplier that the step is accounted with, on the same sample.
 
-    It works as a hook behind ``optimizer.step()``, on its own from the moment it is made: no call in the loop is needed.
+    It watches by itself from the moment it is made. Read it after ``optimizer.step()``, or in a hook behind the logical steps:
+    ``optimizer.register_step_post_hook(lambda *_: bar.set_postfix(monitor.postfix()))``.
 
     Args:
         engine: with one private training; or say which by
@@ -101,8 +102,8 @@ class Monitor:
         self._measurement = measurement
         if measurement is not None:
             self._optimizer.measurement = measurement
-        self._before = total.watched
-        total.watched = total.watched or not_private or measurement is not None
+        self._watches = not_private or measurement is not None
+        total.watchers += self._watches
 
     def _check_room(self, measurement: Measurement) -> None:
         if self._optimizer.measurement is not None:
@@ -114,7 +115,8 @@ class Monitor:
 
     def close(self) -> None:
         """Count and keep nothing from now on; the whole noise multiplier is the gradients' again."""
-        self._optimizer.total.watched = self._before
+        self._optimizer.total.watchers -= self._watches
+        self._watches = False
         if self._measurement is not None and self._optimizer.measurement is self._measurement:
             self._optimizer.measurement = None
 
