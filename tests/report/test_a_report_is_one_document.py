@@ -163,13 +163,14 @@ def test_a_verdict_that_the_facts_deny_is_refused(change: dict[str, Any]) -> Non
         PrivacyReport.from_data({**EXAMPLE, **change})
 
 
+@settings(deadline=None)
 @given(st.text() | st.binary() | JSON.map(lambda value: json.dumps(value)))
 def test_any_text_is_read_or_refused(text: Any) -> None:
     with pytest.raises(ConfigurationError):
         PrivacyReport.from_json(text)
 
 
-@settings(max_examples=200, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(st.sampled_from(places(EXAMPLE)), JSON)
 def test_any_change_is_refused_or_can_be_rendered(path: tuple[Any, ...], value: Any) -> None:
     try:

@@ -15,6 +15,7 @@ import torch
 
 from ghostgrad import PrivacyEngine, PrivacyReport
 from ghostgrad.__main__ import main
+from ghostgrad.accounting import Opaque
 
 Train = Callable[..., PrivacyEngine]
 Capture = pytest.CaptureFixture[str]
@@ -116,6 +117,15 @@ def test_an_epsilon_that_its_ledger_denies_fails(train: Train, tmp_path: Path, c
     path = changed(report, tmp_path / "a.json", epsilon=rows)
     assert main(["report", "check", path, "--max-epsilon", "100"]) == 1
     assert "its ledger gives" in capsys.readouterr().out
+
+
+def test_numbers_that_are_convolved_are_confirmed(train: Train, tmp_path: Path, capsys: Capture) -> None:
+    engine = train(sample_rate=0.2)
+    engine.accountant.record(Opaque(0.2, 1e-7))
+    path = saved(engine.report(), tmp_path / "a.json")
+    assert main(["report", "check", path, "--max-epsilon", "20", "--accept", "opaque-events"]) == 0, (
+        capsys.readouterr().out
+    )
 
 
 def test_releases_that_its_ledger_denies_fail(train: Train, tmp_path: Path, capsys: Capture) -> None:

@@ -38,7 +38,7 @@ def with_ledger(kind: Any, engine: PrivacyEngine) -> Any:
 
 
 def test_epsilon_by_each_accountant(train: Train) -> None:
-    engine = train(noise_multiplier=0.7, sample_rate=0.2)
+    engine = train(noise_multiplier=2.0, sample_rate=0.2, steps=60)
     rows = {(row["accountant"], row["delta"]): row for row in engine.report(deltas=[1e-5, 1e-7]).data["epsilon"]}
     for delta in (1e-5, 1e-7):
         assert rows["rdp", delta]["upper"] == engine.get_epsilon(delta)
@@ -51,7 +51,7 @@ def test_epsilon_by_each_accountant(train: Train) -> None:
 
 
 def test_what_an_attacker_can_reach(train: Train) -> None:
-    engine = train(noise_multiplier=0.7, sample_rate=0.2)
+    engine = train(noise_multiplier=2.0, sample_rate=0.2, steps=60)
     found, pld = engine.report().data["attacks"], with_ledger(PLDAccountant, engine)
     assert found["membership_advantage"] == pytest.approx(membership_advantage(pld).value, rel=1e-6)
     assert [part["false_positives"] for part in found["true_positives"]] == [0.001, 0.01]

@@ -18,7 +18,8 @@ from ghostgrad.report.view import lines
 
 _WHOLE = ("figures", "ledger")
 _NAMES = ("code", "what", "name", "path", "kind")
-_ROUNDING = 1e-6
+_ROUNDING = 1e-3
+"""What another machine or version may give less: the mesh of a convolution is chosen by what was asked before."""
 
 
 def load(path: str | Path) -> PrivacyReport:
@@ -167,4 +168,4 @@ def _epsilon(data: dict[str, Any], delta: float, accountant: str) -> float:
 def _read(accountant: Accountant, delta: float) -> float:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", AccountingWarning)
-        return accountant.get_epsilon(delta)
+        return accountant.get_bounds(delta).upper

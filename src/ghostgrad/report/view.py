@@ -49,10 +49,11 @@ class Section:
 
 
 def headline(data: Data) -> dict[str, Any] | None:
-    """The row of epsilon that is quoted: the least upper bound at the first delta."""
-    rows = [row for row in data["epsilon"] if row["bound"] and row["delta"] == data["epsilon"][0]["delta"]]
-    rows = [row for row in rows if row["upper"] != "unknown"]
-    return min(rows, key=lambda row: float(row["upper"]), default=None)
+    """The row of epsilon that is quoted: the least upper bound of our own accountants at the first delta."""
+    main = data["epsilon"][0]["delta"]
+    rows = [row for row in data["epsilon"] if row["accountant"] in ("pld", "rdp") and row["delta"] == main]
+    known = [row for row in rows if row["upper"] != "unknown" and row["bound"]]
+    return min(known, key=lambda row: float(row["upper"]), default=None)
 
 
 def statement(data: Data) -> str:
