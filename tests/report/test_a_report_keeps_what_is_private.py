@@ -66,6 +66,32 @@ def test_another_record_leaves_the_report_as_it_is(train: Train, mode: str, clip
     assert texts[0] == texts[1]
 
 
+def test_one_record_more_leaves_the_report_as_it_is() -> None:
+    """Rate and batch size are public and stay; sizes of batches, pieces and empty draws are others."""
+    texts, pieces = [], []
+    for n in (40, 41):
+        torch.manual_seed(0)
+        data, module, engine = (
+            TensorDataset(torch.randn(n, 4), torch.arange(n) % 3),
+            nn.Linear(4, 3),
+            PrivacyEngine(seed=3),
+        )
+        module, optimizer, loader = engine.make_private(
+            module=module, optimizer=torch.optim.SGD(module.parameters(), lr=0.1), noise_multiplier=2.0, max_grad_norm=1.0,
+            data_loader=DataLoader(data, batch_size=2), sample_rate=0.05, expected_batch_size=2.0,
+        )  # fmt: skip
+        with BatchMemoryManager(data_loader=loader, max_physical_batch_size=1, optimizer=optimizer) as parts:
+            for _ in range(3):
+                for x, y in parts:
+                    F.cross_entropy(module(x), y).backward()
+                    optimizer.step()
+                    optimizer.zero_grad()
+        texts.append(engine.report().to_json())
+        pieces.append(loader.feed.delivered)
+    assert pieces[0] != pieces[1]
+    assert texts[0] == texts[1]
+
+
 @pytest.mark.parametrize("mode", ["ghost", "bk"])
 def test_a_longer_record_takes_another_route_but_leaves_the_report(mode: str) -> None:
     (short, one), (long, other) = trained_on_sequences(2, mode), trained_on_sequences(60, mode)
