@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ghostgrad.clipping.accumulator import ClippedSum
 from ghostgrad.clipping.functions import ClipFunction
+from ghostgrad.clipping.measurement import Seen
 from ghostgrad.errors import PrivacyError
 from ghostgrad.gradients import Explicit, Use, join
 from ghostgrad.recording import Tape
@@ -57,6 +58,7 @@ class Clipper:
         self._unit = 1.0
         self._finite: Tensor | None = None
         self._statistic = 0.0
+        self._seen: Seen | None = None
         self._sums: dict[nn.Parameter, Tensor] = {}
         self._room = _ROOM
 
@@ -102,6 +104,7 @@ class Clipper:
         sq_norms = _columns([self._sq_norms.get(p) for p in parameters], n) * unit**2
         self._statistic = self.function.statistic(sq_norms)
         factors = self.function.factors(sq_norms).expand(n, len(parameters))
+        self._seen = Seen.of(sq_norms, factors) if self.total.watchers else None
         finite = sq_norms.sum(1).isfinite()
         if not bool(finite.all()):
             self._finite = finite
@@ -136,7 +139,7 @@ class Clipper:
     def commit(self, tapes: Sequence[Tape]) -> None:
         """The backward went well: its sums become part of the step's."""
         dropped = 0 if self._finite is None else int((~self._finite).sum())
-        self.total.add(self._sums, tapes, statistic=self._statistic, dropped=dropped)
+        self.total.add(self._sums, tapes, statistic=self._statistic, dropped=dropped, seen=self._seen)
 
 
 def _columns(sq_norms: Sequence[Tensor | None], n: int) -> Tensor:
