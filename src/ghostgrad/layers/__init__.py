@@ -15,6 +15,7 @@ from ghostgrad.layers import (  # noqa: F401 (they register themselves)
     recurrent,
     small,
 )
+from ghostgrad.layers.buffers import Buffers
 from ghostgrad.layers.call import Call, Places, Rows
 from ghostgrad.layers.custom import register_grad_sampler, register_rule, registered_rule, unregister_rule
 from ghostgrad.layers.generic import generic
@@ -22,6 +23,6 @@ from ghostgrad.layers.randomness import Randomness
 from ghostgrad.layers.registry import Rule, RuleFunction, add_rule, find_rule
 
 __all__ = [
-    "DPGRU", "DPLSTM", "DPRNN", "Call", "DPMultiheadAttention", "Places", "Randomness", "Rows", "Rule", "RuleFunction",
+    "DPGRU", "DPLSTM", "DPRNN", "Buffers", "Call", "DPMultiheadAttention", "Places", "Randomness", "Rows", "Rule", "RuleFunction",
     "add_rule", "find_rule", "generic", "register_grad_sampler", "register_rule", "registered_rule", "unregister_rule",
 ]  # fmt: skip

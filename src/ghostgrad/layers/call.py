@@ -126,6 +126,7 @@ class Call:
         outputs: the outputs themselves, kept only while the call is still to be proved; else None.
         rows: where the records are.
         randomness: where the call's random numbers began, if its rule asked for that (`Rule.draws`).
+        buffers: what those of the module's buffers that the call changed were before it, under the same condition.
         autocast: the context of mixed precision that the call ran in, to be entered where the module is run again; None for
             none. A backward runs outside of it.
     """
@@ -139,6 +140,7 @@ class Call:
     outputs: tuple[Tensor, ...] | None
     rows: Rows
     randomness: Randomness | None = None
+    buffers: Mapping[str, Tensor] = field(default_factory=dict)
     autocast: AbstractContextManager[Any] | None = None
 
     def argument(self, position: int, name: str, default: Any = None) -> Any:

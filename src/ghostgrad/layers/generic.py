@@ -151,8 +151,8 @@ class _Recomputed:
         """The floating-point outputs for these inputs."""
         module = self._call.module
         args, kwargs = self._rebuild(leaves)
-        # Copies of the buffers: what a second run of the forward does to them must not show.
-        buffers = {name: buffer.clone() for name, buffer in module.named_buffers()}
+        # Copies of the buffers as the call met them: what a second run of the forward does to them must not show.
+        buffers = {name: self._call.buffers.get(name, buffer).clone() for name, buffer in module.named_buffers()}
         with self._call.autocast or nullcontext():
             result = tensors(functional_call(module, (parameters, buffers), args, kwargs))
         return [leaf for leaf in result if leaf.is_floating_point()]
@@ -184,7 +184,8 @@ def _compare(call: Call, recomputed: Sequence[Tensor], outputs: Sequence[Tensor]
         if bool((gap[both] > _TOLERANCE.get(together.dtype, 1e-3) * scale.clamp(min=1e-6)).any()):
             raise UnsupportedModuleError(
                 f"{call.path}: this {type(call.module).__name__} gives a record another output when it is run on that record "
-                f"alone. It mixes records, draws from a random generator of its own, or changes its input in place, so a "
-                f"record's gradient cannot be told from the others'. Move the parameters {sorted(call.parameters)} into a "
+                f"alone. It mixes records, draws from a random generator of its own, changes its input in place, or has hooks "
+                f"that change it (the old torch.nn.utils.spectral_norm; take torch.nn.utils.parametrizations.spectral_norm), so "
+                f"a record's gradient cannot be told from the others'. Move the parameters {sorted(call.parameters)} into a "
                 f"sub-module that does none of these, or register a rule for it."
             )

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ghostgrad.errors import PrivacyError, UnsupportedModuleError
-from ghostgrad.layers import Call, Randomness, Rows, Rule
+from ghostgrad.layers import Buffers, Call, Randomness, Rows, Rule
 from ghostgrad.recording.hooks import Hook
 from ghostgrad.recording.places import Observed
 from ghostgrad.recording.plan import Layout, Plan, with_batch
@@ -44,7 +44,7 @@ class Modules:
         self.observing = False
         """Whether that larger batch is running now."""
         self._paused = False
-        self._open: list[tuple[list[nn.Parameter], Randomness | None]] = []
+        self._open: list[tuple[list[nn.Parameter], tuple[Randomness, Buffers] | None]] = []
         self._watched: dict[str, list[Any]] = {}
 
     # ------------------------------------------------------------------ attaching
@@ -107,7 +107,8 @@ class Modules:
             # One that is off already belongs to an enclosing call, which answers for it.
             claimed = [p for p in self.plan.claims(path, module).values() if p.requires_grad]
         draws = bool(claimed) and self.plan.rule(path, module).draws(module)
-        self._open.append((claimed, Randomness.now(claimed[0].device) if draws else None))
+        began = (Randomness.now(claimed[0].device), Buffers.now(module)) if draws else None
+        self._open.append((claimed, began))
         for p in claimed:
             p.requires_grad_(False)
 
@@ -124,7 +125,7 @@ class Modules:
         tape = self.tape
         if not claimed or tape is None or output is None:
             return None
-        randomness = None if began is None else began.until_now()
+        randomness, buffers = (None, {}) if began is None else (began[0].until_now(), began[1].changed(module))
         if self.plan.layouts.get(path) is Layout.EXPANDED:
             args, kwargs, output = map_tensors(lambda t: with_batch(t, tape.n), (args, kwargs, output))
         outs = [leaf for leaf in tensors(output) if leaf.is_floating_point()]
@@ -133,12 +134,12 @@ class Modules:
         parameters = {
             name: p for name, p in self.plan.claims(path, module).items() if any(p is claim for claim in claimed)
         }
-        passed = iter(self._probe(tape, path, module, parameters, (args, kwargs), outs, randomness))
+        passed = iter(self._probe(tape, path, module, parameters, (args, kwargs), outs, (randomness, buffers)))
         return map_tensors(lambda t: next(passed) if t.is_floating_point() else t, output)
 
     def _probe(
         self, tape: Tape, path: str, module: nn.Module, parameters: Mapping[str, nn.Parameter], inputs: Any,
-        outs: list[Tensor], randomness: Randomness | None,
+        outs: list[Tensor], began: tuple[Randomness | None, Mapping[str, Tensor]],
     ) -> Any:  # fmt: skip
         rule = self._supported_rule(path, module)
         shown = path or type(module).__name__
@@ -162,7 +163,7 @@ class Modules:
                     f"that a module kept, such as an auxiliary loss). Return that value from the root's forward."
                 )
             args, kwargs = rebuild(kept())
-            call = Call(module, shown, parameters, args, kwargs, grads, copies, rows, randomness, precision)
+            call = Call(module, shown, parameters, args, kwargs, grads, copies, rows, *began, precision)
             self.fired(tape, rule, call)
 
         return Probe.apply(fired, keep, len(outs), *outs, *parameters.values())  # type: ignore[no-untyped-call]
