@@ -129,8 +129,8 @@ class PrivacyEngine:
             poisson_sampling: draw every batch by independent coin flips, which the accounting rewards. False keeps the
                 loader's own batches, without amplification.
             clipping: ``"flat"``, ``"per_layer"``, ``"automatic"``, ``"adaptive"``, or a clip function.
-            grad_sample_mode: ``"hooks"``, ``"ghost"``, ``"bk"``, ``"functorch"``; ``"auto"`` is the one-pass ``"bk"``. They
-                differ in cost, not in result.
+            grad_sample_mode: ``"hooks"``, ``"ghost"``, ``"bk"``, ``"functorch"``; ``"auto"`` is the one-pass ``"bk"``, and
+                ``"ghost"`` for a model that `fully_shard` split. They differ in cost, not in result.
             sample_rate: probability of each record for one logical batch; default ``batch_size / n``.
             expected_batch_size: divisor of a mean loss; default ``sample_rate * n``, a float.
             accumulation_steps: loader batches that make up one logical batch.
@@ -146,7 +146,8 @@ class PrivacyEngine:
         """
         topology = self._ranks()
         with topology.together():
-            mode = _mode(grad_sample_mode)
+            shards = setup.shards_of(module, topology)
+            mode = _mode(grad_sample_mode, split=shards is not None)
             choose("loss_reduction", loss_reduction, ("mean", "sum"))
             setup.check_flags(batch_first=batch_first, poisson_sampling=poisson_sampling)
             setup.check_numbers(sample_rate=sample_rate, expected_batch_size=expected_batch_size)
@@ -157,6 +158,7 @@ class PrivacyEngine:
             if criterion is not None:
                 check_criterion(criterion, loss_reduction)
             key = RunKey(self._key.derive("session", self._opened), seeded=self._key.seeded)
+            setup.check_noise_generator(noise_generator, shards)
             noise = self._noise(key, noise_generator)
             setup.check_sampling(data_loader, poisson_sampling)
             loader = setup.private_loader(
@@ -172,7 +174,7 @@ class PrivacyEngine:
             )
             plan = SessionPlan(
                 module, optimizer, loader, function, mode, noise, noise_multiplier, rate, size, batch_first,
-                loss_reduction, schedule, topology,
+                loss_reduction, schedule, topology, shards,
             )  # fmt: skip
         topology.agree({"the seed of the engine": self._seed_mark, **plan.facts()})
         # Everything was checked; from here on things change.
@@ -454,6 +456,8 @@ class PrivacyEngine:
         self._sessions.clear()
 
 
-def _mode(grad_sample_mode: str) -> Mode:
+def _mode(grad_sample_mode: str, *, split: bool) -> Mode:
     choose("grad_sample_mode", grad_sample_mode, ("auto", *(mode.value for mode in Mode)))
-    return Mode.BK if grad_sample_mode == "auto" else Mode(grad_sample_mode)
+    if grad_sample_mode == "auto":
+        return Mode.GHOST if split else Mode.BK  # who splits a model has no room to keep what one pass keeps
+    return Mode(grad_sample_mode)

@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 
 from ghostgrad.accounting import Accountant
 from ghostgrad.clipping import ClipFunction, ClippedSum, trainable
-from ghostgrad.distributed import Alone, Topology
+from ghostgrad.distributed import Alone, Topology, is_split, like, local, runs
 from ghostgrad.errors import ConfigurationError, PrivacyError
 from ghostgrad.noise import NoiseMechanism
 from ghostgrad.recording.scalers import scalers
@@ -262,11 +262,15 @@ class DPOptimizer(Optimizer):
         divisor = size if self.loss_reduction == "mean" else 1.0
         numbered = [(i, p) for i, p in enumerate(p for group in self.param_groups for p in group["params"])]
         sums = {index: self.total.take(p) for index, p in numbered if p.requires_grad}
-        self.topology.add_up(list(sums.values()))
-        self.noise.add_all_(sums, std=std, step=self.noise_step)
+        # Of a parameter that is split over the ranks, each has its part of the sum of all, and draws the noise of that part.
+        self.topology.add_up([sums[index] for index, p in numbered if p.requires_grad and not is_split(p)])
+        slices = [
+            (index, run, offset) for index, p in numbered if p.requires_grad for offset, run in runs(p, sums[index])
+        ]
+        self.noise.add_all_(slices, std=std, step=self.noise_step)
         for index, p in numbered:
             if p.requires_grad:
-                p.grad = _towards_zero(sums.pop(index).div_(divisor), p.dtype)
+                p.grad = like(p, _towards_zero(sums.pop(index).div_(divisor), p.dtype))
                 self._written[p] = p.grad
 
     def _update_clip_function(self, noise_multiplier: float, size: float, statistic: float) -> None:
@@ -288,7 +292,7 @@ class DPOptimizer(Optimizer):
                     "step() was called again before zero_grad(): the gradient of the last step is still there. Call "
                     "optimizer.zero_grad() after each step."
                 )
-            if bool(p.grad.count_nonzero()):
+            if bool(local(p.grad).count_nonzero()):
                 raise PrivacyError(
                     f"parameter {number} of the optimizer (shape {list(p.shape)}) holds a gradient that the clipper did not "
                     f"produce, so it is not bounded. It comes from a backward in eval mode, through another module, or was "

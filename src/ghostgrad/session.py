@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 from ghostgrad import setup
 from ghostgrad.accounting import Accountant
 from ghostgrad.clipping import ClipFunction, ClippedSum, Clipper, Mode, trainable
-from ghostgrad.distributed import Topology, facts_of, inner_module, unsynchronised
+from ghostgrad.distributed import Shards, Topology, facts_of, inner_module, unsynchronised
 from ghostgrad.noise import GeneratorGaussian, NoiseMechanism
 from ghostgrad.optimizer import DPOptimizer
 from ghostgrad.recording import Delivery, Recorder
@@ -39,6 +39,7 @@ class SessionPlan:
     loss_reduction: str
     bound_schedule: Callable[[int], float] | None
     topology: Topology
+    shards: Shards | None = None
 
     @property
     def spending(self) -> Spending:
@@ -97,12 +98,13 @@ class Session:
         )
         self.recorder = Recorder(
             inner_module(plan.module),
-            Clipper(plan.function, total, plan.mode),
+            Clipper(plan.function, total, plan.mode, plan.shards),
             delivery,
             batch_first=plan.batch_first,
             generic_only=plan.mode is Mode.FUNCTORCH,
             loss_reduction=plan.loss_reduction,
             accumulation_steps=1 if loader is None else loader.accumulation_steps,
+            shards=plan.shards,
         )
         self.recorder.attach()
         self.optimizer = DPOptimizer(
@@ -120,7 +122,9 @@ class Session:
             topology=plan.topology,
         )
         setup.claim(plan.module, optimizer, self.optimizer)
-        self.at_close: list[Callable[[], None]] = [unsynchronised(plan.module)]
+        self.at_close: list[Callable[[], None]] = [
+            unsynchronised(plan.module) if plan.shards is None else plan.shards.unsynchronised()
+        ]
         """What else has to be turned back."""
 
     def close(self) -> None:

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
+from ghostgrad.distributed import local
 from ghostgrad.errors import PrivacyError
 from ghostgrad.recording import Delivery, Tape
 
@@ -17,7 +18,7 @@ _BY_HAND = -1
 
 
 class ClippedSum:
-    """Sums in float32 or wider, one for each parameter, and which records are in them.
+    """Sums in float32 or wider, one for each parameter (or this rank's part of it), and which records are in them.
 
     A record may enter a step once. Where the private loader is known, the records that went through the model are counted
     against the records that were handed out, so a batch that is used twice, or did not come from the loader, is refused.
@@ -215,7 +216,9 @@ class ClippedSum:
         if found is not None:
             return found
         wide = torch.float64 if parameter.dtype == torch.float64 else torch.float32
-        return torch.zeros(parameter.shape, dtype=wide, device=parameter.device)
+        return torch.zeros_like(
+            local(parameter), dtype=wide, memory_format=torch.contiguous_format, requires_grad=False
+        )
 
 
 def _most_plausible(mean: float) -> float:

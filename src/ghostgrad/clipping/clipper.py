@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ghostgrad.clipping.accumulator import ClippedSum
 from ghostgrad.clipping.functions import ClipFunction
+from ghostgrad.distributed import Shards, Unit
 from ghostgrad.errors import PrivacyError
 from ghostgrad.gradients import Explicit, Use, join
 from ghostgrad.recording import Tape
@@ -41,10 +42,11 @@ class Clipper:
         function: norms to factors.
         total: where the sums of the logical batch add up.
         mode: what is kept between norms and sums.
+        shards: where parameters are split over ranks, these add up each unit's sums at once and keep their own part.
     """
 
-    def __init__(self, function: ClipFunction, total: ClippedSum, mode: Mode) -> None:
-        self.function, self.total, self.mode = function, total, mode
+    def __init__(self, function: ClipFunction, total: ClippedSum, mode: Mode, shards: Shards | None = None) -> None:
+        self.function, self.total, self.mode, self._shards = function, total, mode, shards
         self.two_passes = mode is Mode.GHOST
         self._shows = mode in (Mode.HOOKS, Mode.FUNCTORCH)
         self.reset()
@@ -58,6 +60,7 @@ class Clipper:
         self._finite: Tensor | None = None
         self._statistic = 0.0
         self._sums: dict[nn.Parameter, Tensor] = {}
+        self._parts: dict[nn.Parameter, Tensor] = {}
         self._room = _ROOM
 
     def admit(self, tapes: Sequence[Tape]) -> None:
@@ -92,6 +95,11 @@ class Clipper:
 
     def settle(self, n: int, unit: float = 1.0) -> None:
         """Work out the factors; with one pass the sums too. A record's gradient is ``unit`` times what was measured."""
+        joined = self._find_factors(n, unit) if n else {}
+        if not self.two_passes:
+            self._sum_up(joined)
+
+    def _find_factors(self, n: int, unit: float) -> dict[nn.Parameter, Use]:
         self._unit = unit
         joined = {parameter: join(uses) for parameter, uses in self._uses.items()}
         for parameter, use in joined.items():
@@ -107,10 +115,19 @@ class Clipper:
             self._finite = finite
         self._factors = _rounded_down(factors, parameters, self._sq_norms)
         self._uses.clear()
-        if not self.two_passes:
-            for parameter, use in joined.items():
-                self._show(parameter, use)
-                self.add(parameter, use)
+        return joined
+
+    def _sum_up(self, joined: dict[nn.Parameter, Use]) -> None:
+        """With one pass: every weight's sum; of split ones a unit at a time, records or none, as all ranks do."""
+        for unit in () if self._shards is None else self._shards.units:
+            self._add_all({p: joined.pop(p) for p in unit.trainable if p in joined})
+            self.hand_over(unit)
+        self._add_all(joined)
+
+    def _add_all(self, uses: Mapping[nn.Parameter, Use]) -> None:
+        for parameter, use in uses.items():
+            self._show(parameter, use)
+            self.add(parameter, use)
 
     def _check_known(self, parameters: Sequence[nn.Parameter]) -> None:
         known = set(parameters)
@@ -133,10 +150,19 @@ class Clipper:
         known = self._sums.get(parameter)
         self._sums[parameter] = part if known is None else known.add_(part)
 
+    def hand_over(self, unit: Unit) -> None:
+        """The unit's sums of this backward are complete on every rank: add them up, and keep this rank's part."""
+        if self._shards is None:
+            return
+        sums = {p: self._sums.pop(p) for p in unit.trainable if p in self._sums}
+        for parameter, part in self._shards.scatter(unit, sums).items():
+            known = self._parts.get(parameter)
+            self._parts[parameter] = part if known is None else known.add_(part)
+
     def commit(self, tapes: Sequence[Tape]) -> None:
         """The backward went well: its sums become part of the step's."""
         dropped = 0 if self._finite is None else int((~self._finite).sum())
-        self.total.add(self._sums, tapes, statistic=self._statistic, dropped=dropped)
+        self.total.add({**self._sums, **self._parts}, tapes, statistic=self._statistic, dropped=dropped)
 
 
 def _columns(sq_norms: Sequence[Tensor | None], n: int) -> Tensor:

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+
+from ghostgrad.distributed.slices import is_split
 
 
 def inner_module(module: nn.Module) -> nn.Module:
@@ -32,9 +35,15 @@ def unsynchronised(module: nn.Module) -> Callable[[], None]:
 
 
 def facts_of(module: nn.Module) -> dict[str, object]:
-    """What must be the same on all ranks of a model: names, shapes, and the sums of values and of their squares."""
+    """What must be the same on all ranks of a model: names, shapes, and the sums of values and of their squares.
+
+    Of a parameter that is split over the ranks, how it is split: together they hold one, whatever its values.
+    """
 
     def fact(tensor: Tensor) -> object:
+        if is_split(tensor):
+            split: Any = tensor
+            return tuple(tensor.shape), str(tensor.dtype), tensor.requires_grad, repr(split.placements)
         flat = tensor.detach().double().flatten() if not tensor.is_complex() else torch.view_as_real(tensor).flatten()
         sums = [float(flat.sum()), float(flat.square().sum())] if flat.numel() else []
         return tuple(tensor.shape), str(tensor.dtype), tensor.requires_grad, repr(sums)

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ghostgrad.distributed import Shards, local
 from ghostgrad.errors import PrivacyError, UnsupportedModuleError
 from ghostgrad.layers import Call, Randomness, Rows, Rule
 from ghostgrad.recording.hooks import Hook
@@ -30,10 +31,13 @@ class Modules:
         fired: answers a probe.
         batch_first: whether the root's tensors lead with the batch.
         generic_only: let the generic rule answer for every module.
+        shards: the ranks that hold a share of the parameters each, where `fully_shard` split them.
     """
 
-    def __init__(self, root: nn.Module, fired: Fired, *, batch_first: bool, generic_only: bool) -> None:
-        self.root, self.fired, self.batch_first = root, fired, batch_first
+    def __init__(
+        self, root: nn.Module, fired: Fired, *, batch_first: bool, generic_only: bool, shards: Shards | None = None
+    ) -> None:
+        self.root, self.fired, self.batch_first, self.shards = root, fired, batch_first, shards
         self.plan = Plan(root, generic_only)
         self.proved: set[object] = set()
         """Layouts of calls for which row isolation was shown."""
@@ -98,12 +102,21 @@ class Modules:
         """Row isolation held for these calls; it counts for the modules at which there was a gradient to see."""
         self.proved |= {signature for signature in signatures if (signature[0] or type(self.root).__name__) in shown}
 
+    def take_gradients(self) -> dict[str, Tensor]:
+        """What autograd left in ``p.grad``, by name of the parameter; it is None then. Of one that is split, this rank's part."""
+        found = {} if self.shards is None else self.shards.take_gradients()
+        for name, p in self.root.named_parameters():
+            if p.grad is not None:
+                found[name] = local(p.grad)
+                p.grad = None
+        return found
+
     # ------------------------------------------------------------------ a module's call
 
     def _enter(self, path: str, module: nn.Module) -> None:
         """Switch off the parameters the module answers for, so that autograd does not work out their gradients."""
         claimed: list[nn.Parameter] = []
-        if not self._paused and self.tape is not None and self.tape.n:
+        if not self._paused and self.tape is not None and self.tape.width:
             # One that is off already belongs to an enclosing call, which answers for it.
             claimed = [p for p in self.plan.claims(path, module).values() if p.requires_grad]
         draws = bool(claimed) and self.plan.rule(path, module).draws(module)
@@ -126,7 +139,7 @@ class Modules:
             return None
         randomness = None if began is None else began.until_now()
         if self.plan.layouts.get(path) is Layout.EXPANDED:
-            args, kwargs, output = map_tensors(lambda t: with_batch(t, tape.n), (args, kwargs, output))
+            args, kwargs, output = map_tensors(lambda t: with_batch(t, tape.width), (args, kwargs, output))
         outs = [leaf for leaf in tensors(output) if leaf.is_floating_point()]
         if not outs:
             return None
@@ -144,7 +157,7 @@ class Modules:
         shown = path or type(module).__name__
         found, rebuild = flatten(inputs)
         keep = tuple(tensor.detach() for tensor in found)
-        rows = self._rows(path, tape.n, shown, keep, outs)
+        rows = self._rows(path, tape.width, shown, keep, outs)
         signature = (path, *_places(rule.rows(module, rows), keep, outs))
         copies = None
         if signature not in self.proved or rule.shuffled(inputs):

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import Variable
 
+from ghostgrad.distributed import Shards, Unit
 from ghostgrad.errors import PrivacyError, UnsupportedModuleError
 from ghostgrad.gradients import Use
 from ghostgrad.layers import Call, Rows, Rule
@@ -23,6 +24,7 @@ from ghostgrad.recording.probe import Boundary
 from ghostgrad.recording.refusals import check_batch_norms, check_same_records
 from ghostgrad.recording.rehearsal import Rehearsal
 from ghostgrad.recording.rows import count_records, no_rows, one_row_of_zeros, rows_of
+from ghostgrad.recording.sharded import Sharded
 from ghostgrad.recording.tape import Delivery, Recording, Tape
 from ghostgrad.tree import flatten, map_tensors, tensors
 
@@ -53,11 +55,14 @@ class Sink(Protocol):
     def settle(self, n: int, unit: float) -> None:
         """All uses are known: work out the factors, and with one pass the sums.
 
-        A record's gradient is ``unit`` times what was measured.
+        A record's gradient is ``unit`` times what was measured. With no records, in step with ranks that have some.
         """
 
     def add(self, parameter: nn.Parameter, use: Use) -> None:
         """Second pass: add a use, weighted by the factors."""
+
+    def hand_over(self, unit: Unit) -> None:
+        """Second pass: the backward has gone through a unit of split parameters, on all ranks."""
 
     def commit(self, tapes: Sequence[Tape]) -> None:
         """Add the sums of this backward to those of the step."""
@@ -88,6 +93,8 @@ class Recorder:
         generic_only: let the generic rule answer for every module (the slow cross-check).
         loss_reduction: ``"mean"`` or ``"sum"`` of the records' losses.
         accumulation_steps: loader batches that make up one logical batch.
+        shards: the ranks that hold a share of the parameters each, where `fully_shard` split them. They gather each layer's
+            weights in its forward and backward, so all of them run as many forwards and backwards, records or none.
     """
 
     def __init__(
@@ -100,12 +107,14 @@ class Recorder:
         generic_only: bool = False,
         loss_reduction: str = "mean",
         accumulation_steps: int = 1,
+        shards: Shards | None = None,
     ) -> None:
         self.root, self.sink, self.delivery = root, sink, delivery
         self.batch_first, self.loss_reduction = batch_first, loss_reduction
         self.losses = LossKnowledge(loss_reduction, accumulation_steps)
         self.observed: dict[str, Observation] = {}
-        self.modules = Modules(root, self._fired, batch_first=batch_first, generic_only=generic_only)
+        self.modules = Modules(root, self._fired, batch_first=batch_first, generic_only=generic_only, shards=shards)
+        self._shards = None if shards is None else Sharded(shards, self.modules, sink)
         self._rehearsed = False
         self._phase = Phase.MEASURE
         self._keep: Tensor | None = None
@@ -123,8 +132,14 @@ class Recorder:
 
     def attach(self) -> None:
         """Put the hooks on the root and on every module that owns parameters."""
-        self._handles.append(self.root.register_forward_pre_hook(Hook(self._enter_root), with_kwargs=True))
+        # Where weights are gathered in the root's own hooks, these come in between.
+        enter = self.root.register_forward_pre_hook(
+            Hook(self._enter_root), with_kwargs=True, prepend=self._shards is not None
+        )
+        self._handles.append(enter)
         self.modules.attach()
+        if self._shards is not None:
+            self._handles += self._shards.gates()
         leave = self.root.register_forward_hook(Hook(self._leave_root), with_kwargs=True, always_call=True)
         self._handles.append(leave)
         watch.start()
@@ -154,14 +169,14 @@ class Recorder:
         check_batch_norms(module)
         delivery = self.delivery() if self.delivery else None
         n = count_records(args, kwargs, delivery.records if delivery else None, batch_first=self.batch_first)
-        tape = Tape(n, delivery, rows_of(args, kwargs, n, batch_first=self.batch_first))
+        width = n if self._shards is None else max(n, 1)
+        tape = Tape(n, delivery, width, rows_of(args, kwargs, n, batch_first=self.batch_first))
         self._live.add(tape)
-        if n == 0:
-            modules.tape = tape
-            return one_row_of_zeros((args, kwargs), batch_first=self.batch_first)
         if not self._rehearsed:
             self._rehearse(args, kwargs, n)
         modules.tape = tape
+        if n == 0:
+            return one_row_of_zeros((args, kwargs), batch_first=self.batch_first)
         return self._stand_in(tape, args, kwargs)
 
     def _forget_interrupted(self) -> None:
@@ -173,14 +188,22 @@ class Recorder:
             del self._outer[still:]
 
     def _rehearse(self, args: Any, kwargs: Any, n: int) -> None:
-        """On the first batch: prove that records do not meet, and find how the modules' calls are to be read."""
+        """On the first batch: prove that records do not meet, and find how the modules' calls are to be read.
+
+        A batch of one record cannot show where the records are.
+        """
+        if self._shards is not None:
+            self._rehearsed = self._shards.rehearse(lambda: self._rehearse_alone(args, kwargs, n), n)
+        elif n:
+            self._rehearsed = self._rehearse_alone(args, kwargs, n) and n > 1
+
+    def _rehearse_alone(self, args: Any, kwargs: Any, n: int) -> bool:
         self._check_foreign_gradients()
         with proofs.shaken(self.root):
             if n > 1:
                 with self.modules.paused():
                     proofs.check_forward(self.root, args, kwargs, n, batch_first=self.batch_first)
-            done = Rehearsal(self.modules).run(args, kwargs, n)
-        self._rehearsed = done and n > 1  # a batch of one record cannot show where the records are
+            return Rehearsal(self.modules).run(args, kwargs, n)
 
     @staticmethod
     def _stand_in(tape: Tape, args: Any, kwargs: Any) -> Any:
@@ -202,12 +225,20 @@ class Recorder:
         compile_again(uncompiled)
         if tape is None or tape is self.modules.tape or output is None:
             return None
+        if self._shards is not None:
+            tape.isolate = self._shards.any_of(bool(tape.unproved) and tape.n > 1)
+        inner = output
         if tape.n == 0:
             output = no_rows(output, batch_first=self.batch_first)
-        leaves = [t for t in tensors(output) if t.is_floating_point() and (t.requires_grad or tape.n == 0)]
-        if not leaves:
+        chosen = [
+            (leaf, out)
+            for leaf, out in zip(tensors(output), tensors(inner), strict=True)
+            if leaf.is_floating_point() and (leaf.requires_grad or tape.n == 0)
+        ]
+        if not chosen:
             return None
-        recording = Recording(tape, leaves)
+        leaves = [leaf for leaf, _ in chosen]
+        recording = Recording(tape, [out for _, out in chosen])
         anchor = torch.zeros((), requires_grad=True)
         originals = [original for original, _ in tape.inputs]
         detached = [leaf.detach() for leaf in leaves]
@@ -224,7 +255,9 @@ class Recorder:
     # ------------------------------------------------------------------ backward
 
     def _fired(self, tape: Tape, rule: Rule, call: Call) -> None:
-        if self._phase is Phase.PASS:
+        if self._phase is Phase.SUM and self._shards is not None:
+            self._shards.note(call.parameters.values())
+        if self._phase is Phase.PASS or not tape.n:
             return
         if self._phase is Phase.ISOLATION:
             assert self._keep is not None
@@ -237,12 +270,13 @@ class Recorder:
         with self.modules.paused():
             uses = rule.uses(call)
         routes, kept = {}, {}
-        for name, parameter in call.parameters.items():
+        for name, held in call.parameters.items():
+            parameter = held if self._shards is None else self._shards.owner(held)
             if self._phase is Phase.SUM:
                 self.sink.add(parameter, uses[name])
                 continue
-            tape.calls[parameter] -= 1
-            complete = tape.calls[parameter] == 0 and len(self._live) == 1
+            tape.calls[held] -= 1
+            complete = tape.calls[held] == 0 and len(self._live) == 1
             routes[name], kept[name] = self.sink.measure(parameter, uses[name], complete=complete)
         if routes and call.path not in self.observed:
             self.observed[call.path] = Observation(rule.name, routes, kept)
@@ -262,6 +296,8 @@ class Recorder:
         self._check_foreign_gradients()
         if tape.n:
             self._measure(recording, grads)
+        elif tape.width:
+            self._go_along(recording, grads)
         return self._take_input_grads(tape, self._scale(tape))
 
     def _pass_through(self, recording: Recording, grads: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
@@ -270,6 +306,8 @@ class Recorder:
         if recording.tape.n:
             self._run(recording, Phase.PASS, grads, retain=True)
             self._check_foreign_gradients()
+        elif recording.tape.width:
+            self._run(recording, Phase.PASS, _zeros(recording, grads), retain=True)
         return self._take_input_grads(recording.tape, 1.0)
 
     @staticmethod
@@ -289,7 +327,7 @@ class Recorder:
 
     def _unit(self, tape: Tape) -> float:
         """What an arriving gradient is to be multiplied by, to be the gradient of each record's own loss."""
-        return (tape.n if self.loss_reduction == "mean" else 1.0) / self.losses.scale
+        return (tape.width if self.loss_reduction == "mean" else 1.0) / self.losses.scale
 
     def _scale(self, tape: Tape) -> float:
         """The part of it that the arriving gradients are multiplied by.
@@ -311,16 +349,37 @@ class Recorder:
         recording.grads = [None if grad is None else grad * self._scale(tape) for grad in grads]
         self._linearity = proofs.Linearity()
         if tape.unproved and tape.n > 1:
-            self._shown.clear()
-            for keep in proofs.random_halves(tape.n):
-                self._keep = keep
-                self._linearity.begin()
-                self._run(recording, Phase.ISOLATION, proofs.mask_records(recording.grads, rows, keep), retain=True)
-            self.modules.prove(tape.unproved, self._shown)
-            self._take_input_grads(tape, 1.0)
-            self._linearity.begin()
+            self._isolate(recording, rows)
+        elif tape.isolate:
+            self._pass_twice(recording, _zeros(recording, recording.grads))
         self._run(recording, Phase.MEASURE, recording.grads, retain=self.sink.two_passes)
         self._check_foreign_gradients()
+
+    def _isolate(self, recording: Recording, rows: Rows) -> None:
+        """Show that no record's gradient reaches the rows of another."""
+        tape = recording.tape
+        self._shown.clear()
+        for keep in proofs.random_halves(tape.n):
+            self._keep = keep
+            self._linearity.begin()
+            self._run(recording, Phase.ISOLATION, proofs.mask_records(recording.grads, rows, keep), retain=True)
+        self.modules.prove(tape.unproved, self._shown)
+        self._take_input_grads(tape, 1.0)
+        self._linearity.begin()
+
+    def _go_along(self, recording: Recording, grads: tuple[Tensor | None, ...]) -> None:
+        """A rank without records runs backward as often as the others, on zeros: they gather weights together."""
+        recording.grads = _zeros(recording, grads)
+        if recording.tape.isolate:
+            self._pass_twice(recording, recording.grads)
+        self._run(recording, Phase.PASS, recording.grads, retain=self.sink.two_passes)
+        self._check_foreign_gradients()
+
+    def _pass_twice(self, recording: Recording, grads: Sequence[Tensor | None]) -> None:
+        """In the time in which other ranks show row isolation."""
+        for _ in range(2):
+            self._run(recording, Phase.PASS, grads, retain=True)
+        self._take_input_grads(recording.tape, 1.0)
 
     def _run(self, recording: Recording, phase: Phase, grads: Sequence[Tensor | None], *, retain: bool) -> None:
         arrived = [(out, grad) for out, grad in zip(recording.outputs, grads, strict=True) if grad is not None]
@@ -341,11 +400,13 @@ class Recorder:
             self._check_foreign_gradients()
             self.sink.admit(tapes)
             check_same_records(tapes)
-            if tapes[0].n:
+            if tapes[0].width:
                 self.sink.settle(tapes[0].n, self._unit(tapes[0]) / self._scale(tapes[0]))
                 if self.sink.two_passes:
                     for recording in recordings:
                         self._run(recording, Phase.SUM, recording.grads, retain=False)
+                if self._shards is not None:
+                    self._shards.hand_over_rest()
             self.sink.commit(tapes)
         finally:
             self.sink.reset()
@@ -355,12 +416,7 @@ class Recorder:
 
     def _check_foreign_gradients(self) -> None:
         """Nothing but the clipper may produce a gradient of a parameter; while it works ``p.grad`` stays None."""
-        found = {name: p.grad for name, p in self.root.named_parameters() if p.grad is not None}
-        if not found:
-            return
-        for p in self.root.parameters():
-            p.grad = None
-        for name, grad in found.items():
+        for name, grad in self.modules.take_gradients().items():
             if bool(grad.count_nonzero()):
                 raise PrivacyError(
                     f"{name} received a gradient that did not pass through a call of the module that owns it, so it cannot be "
@@ -368,3 +424,11 @@ class Recorder:
                     f"earlier backward was not cleared (call optimizer.zero_grad()). Call the module itself, and use the "
                     f"optimizer's weight_decay for a penalty."
                 )
+
+
+def _zeros(recording: Recording, grads: Sequence[Tensor | None]) -> list[Tensor | None]:
+    """No gradient, at the outputs at which one arrived."""
+    return [
+        None if grad is None or not out.requires_grad else torch.zeros_like(out)
+        for out, grad in zip(recording.outputs, grads, strict=True)
+    ]

@@ -173,11 +173,9 @@ class Rehearsal:
             self._problems.append(_Problem(path, error))
 
     def _note_foreign_gradients(self) -> None:
-        for name, p in self._root.named_parameters():
-            if p.grad is None:
-                continue
+        for name, grad in self._modules.take_gradients().items():
             path, _, local = name.rpartition(".")
-            if bool(p.grad.count_nonzero()) and not any(
+            if bool(grad.count_nonzero()) and not any(
                 local in (problem.names or ()) and problem.path == path for problem in self._problems
             ):
                 error = PrivacyError(
@@ -185,7 +183,6 @@ class Rehearsal:
                     f"Call the module itself."
                 )
                 self._problems.append(_Problem(path, error, frozenset({local})))
-            p.grad = None
 
     # ------------------------------------------------------------------ the next reading
 
