@@ -74,6 +74,8 @@ class SessionPlan:
             "batch_first": self.batch_first,
             "the type of the optimizer": type(self.optimizer).__name__,
             "an option or a parameter of the optimizer": repr(groups),
+            # Split ranks run each backward together, as often as the mode needs.
+            **({} if self.shards is None else {"grad_sample_mode": self.mode, **self.shards.facts()}),
             **facts_of(inner_module(self.module)),
         }
 

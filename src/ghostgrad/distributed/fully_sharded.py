@@ -105,6 +105,12 @@ class Shards:
         parts = torch.split(mine, [block.shape[1] for block in blocks])
         return {p: _unpadded(p, part) for p, part in zip(parameters, parts, strict=True)}
 
+    def facts(self) -> dict[str, object]:
+        """What ranks that gather weights together have to have in common, besides the model."""
+        units = [[self._names.get(p, "?") for p in unit.parameters] for unit in self.units]
+        policies = [(repr(group.mp_policy), group.post_forward_mesh_info is None) for group in self._groups]
+        return {"what fully_shard was called on": units, "an option of fully_shard": policies}
+
     @contextmanager
     def gathered(self) -> Iterator[None]:
         """Inside, every rank holds all weights, and running the model forward and backward exchanges nothing."""

@@ -322,6 +322,8 @@ class Recorder:
         if task != self._round_task or not self._round:
             self._round, self._round_task = [], task
             self.sink.reset()
+            if self._shards is not None:
+                self._shards.begin()
             Variable._execution_engine.queue_callback(self._finish)
         self._round.append(recording)
 
@@ -388,6 +390,10 @@ class Recorder:
         compiling = leave_uncompiled(True)  # checkpointed parts are run again
         try:
             watch.original([out for out, _ in arrived], [grad for _, grad in arrived], retain_graph=retain)
+        except BaseException:
+            if self._shards is not None:
+                self._shards.let_go()
+            raise
         finally:
             compile_again(compiling)
             modules.tape, self._phase = outer, Phase.MEASURE

@@ -35,7 +35,7 @@ class Sharded:
 
     def __init__(self, shards: Shards, modules: Modules, sink: _Receiver) -> None:
         self._shards, self._modules, self._sink = shards, modules, sink
-        self.owner = shards.owner
+        self.owner, self.let_go = shards.owner, shards.let_go
         self._waiting: dict[Unit, None] = {}
         """Units that the gradient has reached but not gone through, in that order."""
         self._read = False
@@ -125,6 +125,10 @@ class Sharded:
         if unit in self._waiting:
             del self._waiting[unit]
             self._sink.hand_over(unit)
+
+    def begin(self) -> None:
+        """Another backward; what one that failed left does not count."""
+        self._waiting.clear()
 
     def hand_over_rest(self) -> None:
         """The pass is over: units without a gate that fired (the first layers) have their sums too."""
