@@ -146,7 +146,8 @@ class PrivacyEngine:
         """
         topology = self._ranks()
         with topology.together():
-            shards = setup.shards_of(module, topology)
+            layout = setup.topology_of(module, topology)
+            shards = setup.shards_of(module, layout)
             mode = _mode(grad_sample_mode, split=shards is not None)
             choose("loss_reduction", loss_reduction, ("mean", "sum"))
             setup.check_flags(batch_first=batch_first, poisson_sampling=poisson_sampling)
@@ -158,11 +159,16 @@ class PrivacyEngine:
             if criterion is not None:
                 check_criterion(criterion, loss_reduction)
             key = RunKey(self._key.derive("session", self._opened), seeded=self._key.seeded)
-            setup.check_noise_generator(noise_generator, shards)
+            setup.check_noise_generator(noise_generator, module)
             noise = self._noise(key, noise_generator)
             setup.check_sampling(data_loader, poisson_sampling)
             loader = setup.private_loader(
-                data_loader, key, poisson_sampling, sample_rate, accumulation_steps, distributed=topology.size > 1
+                data_loader,
+                key,
+                poisson_sampling,
+                sample_rate,
+                accumulation_steps,
+                distributed=layout.size > 1 and layout.shares_records,
             )
             rate, size = setup.public_sizes(loader, sample_rate, expected_batch_size, accumulation_steps)
             schedule, bound = None, max_grad_norm
@@ -174,7 +180,7 @@ class PrivacyEngine:
             )
             plan = SessionPlan(
                 module, optimizer, loader, function, mode, noise, noise_multiplier, rate, size, batch_first,
-                loss_reduction, schedule, topology, shards,
+                loss_reduction, schedule, layout, shards,
             )  # fmt: skip
         topology.agree({"the seed of the engine": self._seed_mark, **plan.facts()})
         # Everything was checked; from here on things change.

@@ -244,7 +244,9 @@ class DPOptimizer(Optimizer):
                     f"accounted. Run the same loop on every rank: the same batches (an empty or bad one too), schedules and "
                     f"frozen layers."
                 )
-        return len(set().union(*(draws for _, draws, _ in found))), math.fsum(statistic for *_, statistic in found)
+        if self.topology.shares_records:
+            statistic = math.fsum(share for *_, share in found)
+        return len(set().union(*(draws for _, draws, _ in found))), statistic
 
     def _step_facts(self, noise_multiplier: float) -> dict[str, object]:
         """What ranks compare in every step."""

@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 from ghostgrad import setup
 from ghostgrad.accounting import Accountant
 from ghostgrad.clipping import ClipFunction, ClippedSum, Clipper, Mode, trainable
-from ghostgrad.distributed import Shards, Topology, facts_of, inner_module, unsynchronised
+from ghostgrad.distributed import Shards, TensorParallel, Topology, facts_of, inner_module, unsynchronised
 from ghostgrad.noise import GeneratorGaussian, NoiseMechanism
 from ghostgrad.optimizer import DPOptimizer
 from ghostgrad.recording import Delivery, Recorder
@@ -100,13 +100,14 @@ class Session:
         )
         self.recorder = Recorder(
             inner_module(plan.module),
-            Clipper(plan.function, total, plan.mode, plan.shards),
+            Clipper(plan.function, total, plan.mode, plan.shards, plan.topology),
             delivery,
             batch_first=plan.batch_first,
             generic_only=plan.mode is Mode.FUNCTORCH,
             loss_reduction=plan.loss_reduction,
             accumulation_steps=1 if loader is None else loader.accumulation_steps,
             shards=plan.shards,
+            slices=plan.topology if isinstance(plan.topology, TensorParallel) else None,
         )
         self.recorder.attach()
         self.optimizer = DPOptimizer(

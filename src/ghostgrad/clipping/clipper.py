@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ghostgrad.clipping.accumulator import ClippedSum
 from ghostgrad.clipping.functions import ClipFunction
-from ghostgrad.distributed import Shards, Unit
+from ghostgrad.distributed import Shards, TensorParallel, Topology, Unit
 from ghostgrad.errors import PrivacyError
 from ghostgrad.gradients import Explicit, Use, join
 from ghostgrad.recording import Tape
@@ -43,10 +43,19 @@ class Clipper:
         total: where the sums of the logical batch add up.
         mode: what is kept between norms and sums.
         shards: where parameters are split over ranks, these add up each unit's sums at once and keep their own part.
+        topology: the ranks; those that hold slices of the same layers join their norms.
     """
 
-    def __init__(self, function: ClipFunction, total: ClippedSum, mode: Mode, shards: Shards | None = None) -> None:
+    def __init__(
+        self,
+        function: ClipFunction,
+        total: ClippedSum,
+        mode: Mode,
+        shards: Shards | None = None,
+        topology: Topology | None = None,
+    ) -> None:
         self.function, self.total, self.mode, self._shards = function, total, mode, shards
+        self._slices = topology if isinstance(topology, TensorParallel) else None
         self.two_passes = mode is Mode.GHOST
         self._shows = mode in (Mode.HOOKS, Mode.FUNCTORCH)
         self.reset()
@@ -108,6 +117,8 @@ class Clipper:
         self._check_known(parameters)
         self.function.check(len(parameters))
         sq_norms = _columns([self._sq_norms.get(p) for p in parameters], n) * unit**2
+        if self._slices is not None:
+            sq_norms = self._slices.join_norms(sq_norms, parameters)
         self._statistic = self.function.statistic(sq_norms)
         factors = self.function.factors(sq_norms).expand(n, len(parameters))
         finite = sq_norms.sum(1).isfinite()

@@ -23,10 +23,12 @@ class Topology(ABC):
     Attributes:
         rank: the number of this process, from 0.
         size: how many there are.
+        shares_records: whether each takes records of its own, and sums are those of all of them together.
     """
 
     rank: int = 0
     size: int = 1
+    shares_records: bool = True
 
     @contextmanager
     def together(self) -> Iterator[None]:

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ghostgrad.distributed import Shards, local
+from ghostgrad.distributed import Shards, is_split, local, on_this_rank
 from ghostgrad.errors import PrivacyError, UnsupportedModuleError
+from ghostgrad.gradients import Use
 from ghostgrad.layers import Call, Randomness, Rows, Rule
 from ghostgrad.recording.hooks import Hook
 from ghostgrad.recording.places import Observed
@@ -102,6 +104,12 @@ class Modules:
         """Row isolation held for these calls; it counts for the modules at which there was a gradient to see."""
         self.proved |= {signature for signature in signatures if (signature[0] or type(self.root).__name__) in shown}
 
+    def uses(self, rule: Rule, call: Call) -> Mapping[str, Use]:
+        """What a call used; of weights that are cut into slices, this rank's slice."""
+        here: dict[str, Any] = {name: local(p) for name, p in call.parameters.items()}
+        with self.paused():
+            return rule.uses(replace(call, parameters=here))
+
     def take_gradients(self) -> dict[str, Tensor]:
         """What autograd left in ``p.grad``, by name of the parameter; it is None then. Of one that is split, this rank's part."""
         found = {} if self.shards is None else self.shards.take_gradients()
@@ -174,8 +182,11 @@ class Modules:
                     f"{shown}: a gradient entered the model other than through what its forward returned (a loss on a value "
                     f"that a module kept, such as an auxiliary loss). Return that value from the root's forward."
                 )
-            args, kwargs = rebuild(kept())
-            call = Call(module, shown, parameters, args, kwargs, grads, copies, rows, randomness, precision)
+            arrived: Sequence[Tensor] = kept()
+            if any(is_split(p) for p in parameters.values()):
+                arrived, grads = on_this_rank(shown, module, arrived, grads)
+            args, kwargs = rebuild(arrived)
+            call = Call(module, shown, parameters, args, kwargs, tuple(grads), copies, rows, randomness, precision)
             self.fired(tape, rule, call)
 
         return Probe.apply(fired, keep, len(outs), *outs, *parameters.values())  # type: ignore[no-untyped-call]

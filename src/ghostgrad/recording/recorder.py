@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import Variable
 
-from ghostgrad.distributed import Shards, Unit
+from ghostgrad.distributed import Shards, TensorParallel, Unit
 from ghostgrad.errors import PrivacyError, UnsupportedModuleError
 from ghostgrad.gradients import Use
 from ghostgrad.layers import Call, Rows, Rule
@@ -25,6 +25,7 @@ from ghostgrad.recording.refusals import check_batch_norms, check_same_records
 from ghostgrad.recording.rehearsal import Rehearsal
 from ghostgrad.recording.rows import count_records, no_rows, one_row_of_zeros, rows_of
 from ghostgrad.recording.sharded import Sharded
+from ghostgrad.recording.sliced import Sliced
 from ghostgrad.recording.tape import Delivery, Recording, Tape
 from ghostgrad.tree import flatten, map_tensors, tensors
 
@@ -95,6 +96,7 @@ class Recorder:
         accumulation_steps: loader batches that make up one logical batch.
         shards: the ranks that hold a share of the parameters each, where `fully_shard` split them. They gather each layer's
             weights in its forward and backward, so all of them run as many forwards and backwards, records or none.
+        slices: the ranks that hold slices of the same layers, where `parallelize_module` cut them.
     """
 
     def __init__(
@@ -108,6 +110,7 @@ class Recorder:
         loss_reduction: str = "mean",
         accumulation_steps: int = 1,
         shards: Shards | None = None,
+        slices: TensorParallel | None = None,
     ) -> None:
         self.root, self.sink, self.delivery = root, sink, delivery
         self.batch_first, self.loss_reduction = batch_first, loss_reduction
@@ -115,6 +118,8 @@ class Recorder:
         self.observed: dict[str, Observation] = {}
         self.modules = Modules(root, self._fired, batch_first=batch_first, generic_only=generic_only, shards=shards)
         self._shards = None if shards is None else Sharded(shards, self.modules, sink)
+        self._slices = None if slices is None else Sliced(slices, self.modules)
+        self._in_step = self._shards or self._slices
         self._rehearsed = False
         self._phase = Phase.MEASURE
         self._keep: Tensor | None = None
@@ -192,8 +197,8 @@ class Recorder:
 
         A batch of one record cannot show where the records are.
         """
-        if self._shards is not None:
-            self._rehearsed = self._shards.rehearse(lambda: self._rehearse_alone(args, kwargs, n), n)
+        if self._in_step is not None:
+            self._rehearsed = self._in_step.rehearse(lambda: self._rehearse_alone(args, kwargs, n), n)
         elif n:
             self._rehearsed = self._rehearse_alone(args, kwargs, n) and n > 1
 
@@ -225,8 +230,8 @@ class Recorder:
         compile_again(uncompiled)
         if tape is None or tape is self.modules.tape or output is None:
             return None
-        if self._shards is not None:
-            tape.isolate = self._shards.any_of(bool(tape.unproved) and tape.n > 1)
+        if self._in_step is not None:
+            tape.isolate = self._in_step.any_of(bool(tape.unproved) and tape.n > 1)
         inner = output
         if tape.n == 0:
             output = no_rows(output, batch_first=self.batch_first)
@@ -267,8 +272,7 @@ class Recorder:
             return
         if self._phase is Phase.MEASURE:
             self._linearity.check(call)
-        with self.modules.paused():
-            uses = rule.uses(call)
+        uses = self.modules.uses(rule, call)
         routes, kept = {}, {}
         for name, held in call.parameters.items():
             parameter = held if self._shards is None else self._shards.owner(held)

@@ -165,8 +165,7 @@ class Rehearsal:
             if self._keep is not None:
                 proofs.check_call(rule, call, self._keep)
             else:
-                with self._modules.paused():
-                    rule.uses(call)
+                self._modules.uses(rule, call)
         except ConfigurationError:
             raise  # a registered rule that does not do what it owes: no other reading helps
         except GhostgradError as error:
