@@ -128,6 +128,18 @@ class Shards:
                 group.post_forward_mesh_info, group.reshard_after_backward = mesh, after_backward
             self.let_go()
 
+    @contextmanager
+    def kept(self) -> Iterator[None]:
+        """A backward inside, after which another follows, leaves gathered what the user keeps gathered after a forward."""
+        before = [(group, group.reshard_after_backward) for group in self._groups if not group._reshard_after_forward]
+        try:
+            for group, _ in before:
+                group.reshard_after_backward = False
+            yield
+        finally:
+            for group, after_backward in before:
+                group.reshard_after_backward = after_backward
+
     def let_go(self) -> None:
         """Drop gathered weights, and what torch noted of forwards and backwards that are over or were left."""
         for part in self._modules:

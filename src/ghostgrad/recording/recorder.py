@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from enum import Enum, auto
 from typing import Any, Protocol
@@ -171,6 +172,8 @@ class Recorder:
         if not recorded:
             return None
         modules.restore()
+        if self._shards is not None:
+            self._shards.recover()
         check_batch_norms(module)
         delivery = self.delivery() if self.delivery else None
         n = count_records(args, kwargs, delivery.records if delivery else None, batch_first=self.batch_first)
@@ -308,10 +311,10 @@ class Recorder:
         """`torch.autograd.grad` wants gradients of the inputs only: hand them on and record nothing."""
         self.sink.note_pass()
         if recording.tape.n:
-            self._run(recording, Phase.PASS, grads, retain=True)
+            self._run(recording, Phase.PASS, grads, retain=True, passed_on=True)
             self._check_foreign_gradients()
         elif recording.tape.width:
-            self._run(recording, Phase.PASS, _zeros(recording, grads), retain=True)
+            self._run(recording, Phase.PASS, _zeros(recording, grads), retain=True, passed_on=True)
         return self._take_input_grads(recording.tape, 1.0)
 
     @staticmethod
@@ -327,7 +330,7 @@ class Recorder:
             self._round, self._round_task = [], task
             self.sink.reset()
             if self._shards is not None:
-                self._shards.begin()
+                self._shards.recover()
             Variable._execution_engine.queue_callback(self._finish)
         self._round.append(recording)
 
@@ -387,17 +390,24 @@ class Recorder:
             self._run(recording, Phase.PASS, grads, retain=True)
         self._take_input_grads(recording.tape, 1.0)
 
-    def _run(self, recording: Recording, phase: Phase, grads: Sequence[Tensor | None], *, retain: bool) -> None:
+    def _run(
+        self,
+        recording: Recording,
+        phase: Phase,
+        grads: Sequence[Tensor | None],
+        *,
+        retain: bool,
+        passed_on: bool = False,
+    ) -> None:
+        """One backward through the model. ``retain`` its graph for another one, of ours or (``passed_on``) of the user's."""
         arrived = [(out, grad) for out, grad in zip(recording.outputs, grads, strict=True) if grad is not None]
         modules = self.modules
         outer, modules.tape, self._phase = modules.tape, recording.tape, phase
         compiling = leave_uncompiled(True)  # checkpointed parts are run again
+        again = retain and not passed_on
         try:
-            watch.original([out for out, _ in arrived], [grad for _, grad in arrived], retain_graph=retain)
-        except BaseException:
-            if self._shards is not None:
-                self._shards.let_go()
-            raise
+            with nullcontext() if self._shards is None else self._shards.passing(again=again):
+                watch.original([out for out, _ in arrived], [grad for _, grad in arrived], retain_graph=retain)
         finally:
             compile_again(compiling)
             modules.tape, self._phase = outer, Phase.MEASURE
@@ -420,6 +430,8 @@ class Recorder:
             self.sink.commit(tapes)
         finally:
             self.sink.reset()
+            if self._shards is not None:
+                self._shards.recover()
             for recording in recordings:
                 self._live.discard(recording.tape)
                 recording.outputs, recording.grads = [], []

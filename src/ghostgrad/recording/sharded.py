@@ -5,7 +5,8 @@ All of them go through the same layers in step, as often, whether or not they ha
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any, Protocol
 
 from torch import nn
@@ -35,9 +36,11 @@ class Sharded:
 
     def __init__(self, shards: Shards, modules: Modules, sink: _Receiver) -> None:
         self._shards, self._modules, self._sink = shards, modules, sink
-        self.owner, self.let_go = shards.owner, shards.let_go
+        self.owner = shards.owner
         self._waiting: dict[Unit, None] = {}
         """Units that the gradient has reached but not gone through, in that order."""
+        self._kept = False
+        """Whether weights stayed gathered for a pass that is still to come."""
         self._read = False
         """Whether any batch was rehearsed, be it one of single records."""
 
@@ -126,9 +129,23 @@ class Sharded:
             del self._waiting[unit]
             self._sink.hand_over(unit)
 
-    def begin(self) -> None:
-        """Another backward; what one that failed left does not count."""
+    @contextmanager
+    def passing(self, *, again: bool) -> Iterator[None]:
+        """One backward through the model; ``again`` if another will follow, on all ranks."""
+        self._kept = again
+        try:
+            with self._shards.kept() if again else nullcontext():
+                yield
+        except BaseException:
+            self.recover(failed=True)
+            raise
+
+    def recover(self, *, failed: bool = False) -> None:
+        """Let go what a backward left that failed, or whose next pass never came: weights of then must not be used later."""
         self._waiting.clear()
+        if failed or self._kept:
+            self._kept = False
+            self._shards.let_go()
 
     def hand_over_rest(self) -> None:
         """The pass is over: units without a gate that fired (the first layers) have their sums too."""
