@@ -138,7 +138,7 @@ def private_run(form: Form, width: int, counting: Collectives | None) -> dict[st
         module=module, optimizer=torch.optim.SGD(module.parameters(), lr=0.1), sample_rate=1.0, noise_multiplier=0.1,
         data_loader=DataLoader(data(width), batch_size=RECORDS), max_grad_norm=1.0, grad_sample_mode=form.mode or "bk",
     )  # fmt: skip
-    share = RECORDS // (dist.get_world_size() if dist.is_initialized() else 1) // form.pieces
+    share = -(-RECORDS // ((dist.get_world_size() if dist.is_initialized() else 1) * form.pieces))
     with BatchMemoryManager(data_loader=loader, max_physical_batch_size=share, optimizer=optimizer) as pieces:
         for step in range(STEPS):
             with counting if counting and step == STEPS - 1 else contextlib.nullcontext():

@@ -162,3 +162,30 @@ def test_after_detach_the_model_trains_as_split_models_do() -> None:
         F.cross_entropy(module(x), y).backward()
         for p, grad in zip(module.parameters(), grads, strict=True):
             torch.testing.assert_close(grad, p.grad)
+
+
+def test_weights_of_a_backward_that_failed_are_not_used_in_the_next_step() -> None:
+    """It failed between the two passes, in which the root's weights stay gathered; the step then moves the parameters."""
+
+    def fail(grad: torch.Tensor) -> None:
+        raise RuntimeError("a hook of the user's")
+
+    def run(rank: int | None) -> list[torch.Tensor]:
+        module = network() if rank is None else split(reshard_after_forward=False)
+        module, optimizer, loader = private(module.double(), noise_multiplier=1.0, grad_sample_mode="ghost", rate=0.25)
+        for step, (x, y) in enumerate(loader):
+            x = x.double().requires_grad_()
+            if step == 1:
+                x.register_hook(fail)
+                with pytest.raises(RuntimeError, match="a hook of the user's"):
+                    F.cross_entropy(module(x), y).backward()
+            else:
+                F.cross_entropy(module(x), y).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        return [p.full_tensor() if rank is not None else p for p in module.parameters()]
+
+    alone = [p.detach() for p in run(None)]
+    for found in on_ranks(2, run):
+        for p, expected in zip(found, alone, strict=True):
+            torch.testing.assert_close(p.detach(), expected, rtol=0, atol=1e-10)

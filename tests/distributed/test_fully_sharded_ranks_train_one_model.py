@@ -73,10 +73,13 @@ def network(**options: Any) -> nn.Module:
     return module
 
 
-def split(module: nn.Module, *, parts: bool = True, root: bool = True, **options: Any) -> None:
-    if parts:
+def split(module: nn.Module, *, parts: bool = True, root: bool = True, grouped: bool = False, **options: Any) -> None:
+    if grouped:
+        fully_shard([*module.blocks], **options)
+    elif parts:
         for block in module.blocks:
             fully_shard(block, **options)
+    if parts:
         fully_shard(module.mix, **options)
     if root:
         fully_shard(module, **options)
@@ -137,6 +140,7 @@ CASES: dict[str, dict[str, Any]] = {
     "weights kept after the forward": {"sharding": {"reshard_after_forward": False}},
     "weights let go after the forward": {"sharding": {"reshard_after_forward": True}},
     "the root alone": {"sharding": {"parts": False}},
+    "several parts in one unit": {"sharding": {"grouped": True}, "epochs": 2},
     "parts alone": {"sharding": {"root": False}},
     "tied": {"model": {"tied": True}},
     "tied, one pass": {"model": {"tied": True}, "grad_sample_mode": "bk"},
