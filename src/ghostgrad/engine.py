@@ -162,13 +162,9 @@ class PrivacyEngine:
             setup.check_noise_generator(noise_generator, module)
             noise = self._noise(key, noise_generator)
             setup.check_sampling(data_loader, poisson_sampling)
+            share = layout.size > 1 and layout.shares_records
             loader = setup.private_loader(
-                data_loader,
-                key,
-                poisson_sampling,
-                sample_rate,
-                accumulation_steps,
-                distributed=layout.size > 1 and layout.shares_records,
+                data_loader, key, poisson_sampling, sample_rate, accumulation_steps, distributed=share
             )
             rate, size = setup.public_sizes(loader, sample_rate, expected_batch_size, accumulation_steps)
             schedule, bound = None, max_grad_norm

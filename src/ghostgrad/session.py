@@ -48,6 +48,11 @@ class SessionPlan:
         return PoissonSpending(self.sample_rate) if poisson else ShuffledSpending()
 
     @property
+    def slices(self) -> TensorParallel | None:
+        """The ranks, where each holds slices of the same layers."""
+        return self.topology if isinstance(self.topology, TensorParallel) else None
+
+    @property
     def delivery(self) -> Callable[[], Delivery] | None:
         """What the private loader handed out last."""
         if self.loader is None:
@@ -100,14 +105,14 @@ class Session:
         )
         self.recorder = Recorder(
             inner_module(plan.module),
-            Clipper(plan.function, total, plan.mode, plan.shards, plan.topology),
+            Clipper(plan.function, total, plan.mode, plan.shards, plan.slices),
             delivery,
             batch_first=plan.batch_first,
             generic_only=plan.mode is Mode.FUNCTORCH,
             loss_reduction=plan.loss_reduction,
             accumulation_steps=1 if loader is None else loader.accumulation_steps,
             shards=plan.shards,
-            slices=plan.topology if isinstance(plan.topology, TensorParallel) else None,
+            slices=plan.slices,
         )
         self.recorder.attach()
         self.optimizer = DPOptimizer(

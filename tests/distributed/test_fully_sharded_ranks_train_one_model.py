@@ -73,7 +73,17 @@ def network(**options: Any) -> nn.Module:
     return module
 
 
-def split(module: nn.Module, *, parts: bool = True, root: bool = True, grouped: bool = False, **options: Any) -> None:
+def split(
+    module: nn.Module,
+    *,
+    parts: bool = True,
+    root: bool = True,
+    grouped: bool = False,
+    left_whole: bool = False,
+    **options: Any,
+) -> None:
+    if left_whole:
+        options["ignored_params"] = {module.mix.weight, module.tokens.weight}
     if grouped:
         fully_shard([*module.blocks], **options)
     elif parts:
@@ -140,6 +150,10 @@ CASES: dict[str, dict[str, Any]] = {
     "weights kept after the forward": {"sharding": {"reshard_after_forward": False}},
     "weights let go after the forward": {"sharding": {"reshard_after_forward": True}},
     "the root alone": {"sharding": {"parts": False}},
+    "some weights left whole": {
+        "sharding": {"left_whole": True},
+        "optimizer": lambda p: torch.optim.SGD(p, lr=0.5, momentum=0.9, foreach=False),
+    },
     "several parts in one unit": {"sharding": {"grouped": True}, "epochs": 2},
     "parts alone": {"sharding": {"root": False}},
     "tied": {"model": {"tied": True}},

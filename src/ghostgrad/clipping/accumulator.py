@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from ghostgrad.distributed import local
+from ghostgrad.distributed import is_split, local
 from ghostgrad.errors import PrivacyError
 from ghostgrad.recording import Delivery, Tape
 
@@ -214,11 +214,9 @@ class ClippedSum:
         """The sum for one parameter, zeros where nothing reached it."""
         found = self._sums.pop(parameter, None)
         if found is not None:
-            return found
+            return found.contiguous() if is_split(parameter) else found
         wide = torch.float64 if parameter.dtype == torch.float64 else torch.float32
-        return torch.zeros_like(
-            local(parameter), dtype=wide, memory_format=torch.contiguous_format, requires_grad=False
-        )
+        return torch.zeros(local(parameter).shape, dtype=wide, device=parameter.device)
 
 
 def _most_plausible(mean: float) -> float:

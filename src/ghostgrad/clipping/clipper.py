@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ghostgrad.clipping.accumulator import ClippedSum
 from ghostgrad.clipping.functions import ClipFunction
-from ghostgrad.distributed import Shards, TensorParallel, Topology, Unit
+from ghostgrad.distributed import Shards, TensorParallel, Unit
 from ghostgrad.errors import PrivacyError
 from ghostgrad.gradients import Explicit, Use, join
 from ghostgrad.recording import Tape
@@ -43,7 +43,7 @@ class Clipper:
         total: where the sums of the logical batch add up.
         mode: what is kept between norms and sums.
         shards: where parameters are split over ranks, these add up each unit's sums at once and keep their own part.
-        topology: the ranks; those that hold slices of the same layers join their norms.
+        slices: where layers are cut into slices, the ranks that hold them, which join their norms.
     """
 
     def __init__(
@@ -52,10 +52,10 @@ class Clipper:
         total: ClippedSum,
         mode: Mode,
         shards: Shards | None = None,
-        topology: Topology | None = None,
+        slices: TensorParallel | None = None,
     ) -> None:
-        self.function, self.total, self.mode, self._shards = function, total, mode, shards
-        self._slices = topology if isinstance(topology, TensorParallel) else None
+        self.function, self.total, self.mode = function, total, mode
+        self._shards, self._slices = shards, slices
         self.two_passes = mode is Mode.GHOST
         self._shows = mode in (Mode.HOOKS, Mode.FUNCTORCH)
         self.reset()

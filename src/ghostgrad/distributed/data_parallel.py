@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from ghostgrad.distributed.slices import is_split
+from ghostgrad.distributed.slices import cut_dim, local
 
 
 def inner_module(module: nn.Module) -> nn.Module:
@@ -41,12 +40,13 @@ def facts_of(module: nn.Module) -> dict[str, object]:
     """
 
     def fact(tensor: Tensor) -> object:
-        if is_split(tensor):
-            split: Any = tensor
-            return tuple(tensor.shape), str(tensor.dtype), tensor.requires_grad, repr(split.placements)
-        flat = tensor.detach().double().flatten() if not tensor.is_complex() else torch.view_as_real(tensor).flatten()
+        shape, trains, cut = tuple(tensor.shape), tensor.requires_grad, cut_dim(tensor)
+        if cut is not None:
+            return shape, str(tensor.dtype), trains, f"cut along dimension {cut}"
+        tensor = local(tensor.detach())
+        flat = tensor.double().flatten() if not tensor.is_complex() else torch.view_as_real(tensor).flatten()
         sums = [float(flat.sum()), float(flat.square().sum())] if flat.numel() else []
-        return tuple(tensor.shape), str(tensor.dtype), tensor.requires_grad, repr(sums)
+        return shape, str(tensor.dtype), trains, repr(sums)
 
     tensors = {**dict(module.named_parameters()), **dict(module.named_buffers())}
     return {f"the parameter or buffer {name}": fact(tensor) for name, tensor in tensors.items()}

@@ -62,6 +62,7 @@ class Shards:
             Unit(tuple(group.modules), tuple(held.sharded_param for held in group.fsdp_params))
             for group in self._groups
         ]
+        self._units = {p: unit for unit in self.units for p in unit.parameters}
         self._owners: dict[nn.Parameter, nn.Parameter] = {}
 
     def owner(self, parameter: nn.Parameter) -> nn.Parameter:
@@ -73,7 +74,7 @@ class Shards:
 
     def unit_of(self, parameter: nn.Parameter) -> Unit | None:
         """The unit of a split parameter."""
-        return next((unit for unit in self.units if any(p is parameter for p in unit.parameters)), None)
+        return self._units.get(parameter)
 
     def inside(self, module: nn.Module) -> bool:
         """Whether weights are gathered in the middle of a module's call: for a part of it."""

@@ -51,6 +51,8 @@ def cut_dim(tensor: Tensor) -> int | None:
 def runs(tensor: Tensor, part: Tensor) -> Iterator[tuple[int, Tensor]]:
     """This rank's ``part`` of a tensor as views that are consecutive in the whole, each with the row-major place it begins at.
 
+    A part of a tensor that is split has to be contiguous.
+
     >>> [(offset, list(run.shape)) for offset, run in runs(torch.zeros(2, 3), torch.zeros(2, 3))]
     [(0, [2, 3])]
     """

@@ -246,7 +246,7 @@ class Recorder:
         if not chosen:
             return None
         leaves = [leaf for leaf, _ in chosen]
-        recording = Recording(tape, [out for _, out in chosen])
+        recording = Recording(tape, [out if tape.width else leaf for leaf, out in chosen])
         anchor = torch.zeros((), requires_grad=True)
         originals = [original for original, _ in tape.inputs]
         detached = [leaf.detach() for leaf in leaves]
