@@ -420,6 +420,7 @@ class PrivacyEngine:
         module: nn.Module, optimizer: Optimizer | None = None, data_loader: DataLoader[Any] | None = None
     ) -> None:
         """Raise what `make_private` would raise for these, and change nothing."""
+        setup.shards_of(module, setup.topology_of(module, current()))
         setup.check_module(module)
         if optimizer is not None:
             setup.check_optimizer(optimizer, module)

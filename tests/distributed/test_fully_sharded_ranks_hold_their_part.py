@@ -15,6 +15,7 @@ from torch.func import functional_call
 from torch.utils.data import DataLoader, TensorDataset
 
 from ghostgrad import PrivacyEngine
+from ghostgrad.clipping import Clipper
 
 RECORDS, BOUND = 24, 0.05
 BF16 = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
@@ -107,10 +108,18 @@ def test_a_single_record_is_within_the_bound_in_mixed_precision() -> None:
 
 @pytest.mark.parametrize("mode", ["ghost", "bk"])
 def test_no_rank_sums_more_than_a_unit_at_a_time(mode: str) -> None:
-    """What is scattered is one unit, and what is kept is this rank's part."""
+    """Nor keeps more: what is scattered is one unit, and what is kept of it is this rank's part."""
 
-    def run(rank: int) -> tuple[list[int], int, int]:
+    def run(rank: int) -> tuple[list[int], list[int], int, int]:
         module, optimizer, loader = private(split(), grad_sample_mode=mode)
+        whole: list[int] = []
+        add = Clipper.add
+
+        def noting(clipper: Clipper, *args: Any) -> None:
+            add(clipper, *args)
+            whole.append(sum(part.numel() for part in clipper._sums.values()))
+
+        Clipper.add = noting
         scattered: list[int] = []
         original = dist.reduce_scatter_single
 
@@ -123,11 +132,13 @@ def test_no_rank_sums_more_than_a_unit_at_a_time(mode: str) -> None:
             x, y = next(iter(loader))
             F.cross_entropy(module(x), y).backward()
         finally:
-            dist.reduce_scatter_single = original
+            dist.reduce_scatter_single, Clipper.add = original, add
         held = sum(part.numel() for part in optimizer.total._sums.values())
-        return scattered, held, sum(p.to_local().numel() for p in module.parameters())
+        return scattered, whole, held, sum(p.to_local().numel() for p in module.parameters())
 
-    for scattered, held, mine in on_ranks(2, run):
+    for scattered, whole, held, mine in on_ranks(2, run):
+        # The largest unit, and with two passes the unit around it: the gradient has not gone through the root yet.
+        assert max(whole) == (6 * 7 + 7) + (3 * 5 + 5 if mode == "ghost" else 0)
         # Rows are filled up to a multiple of the ranks: 8 x 6 + 8, 4 x 7 + 4 and 6 x 3 + 6 values.
         assert sorted(scattered) == [24, 32, 56]
         assert held == mine

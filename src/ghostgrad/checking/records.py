@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ghostgrad.distributed import fully_sharded_modules
+from ghostgrad.distributed import is_split
 from ghostgrad.errors import ConfigurationError
 from ghostgrad.recording.proofs import NoDraws
 from ghostgrad.tree import map_tensors, tensors
@@ -66,10 +66,10 @@ class Subject:
 
     def __init__(self, module: nn.Module, loss_fn: LossFunction) -> None:
         self._loss_fn = loss_fn
-        if fully_sharded_modules(module):
+        if any(is_split(p) for p in module.parameters()):
             raise ConfigurationError(
-                "the module was split by fully_shard, so it cannot be copied, and a check works on copies so that nothing is "
-                "changed. Check the model before fully_shard is called on it."
+                "the module is split over ranks (fully_shard, parallelize_module), and a check works on copies in one process. "
+                "Check the model before it is split."
             )
         try:
             self.module = copy.deepcopy(module)

@@ -31,7 +31,7 @@ class Sharded:
     Args:
         shards: the ranks and what they hold.
         modules: the modules that are watched.
-        sink: where sums are handed over, unit by unit, so that a rank never holds those of the whole model.
+        sink: where sums are handed over, unit by unit, so that a rank does not hold those of the whole model.
     """
 
     def __init__(self, shards: Shards, modules: Modules, sink: _Receiver) -> None:
