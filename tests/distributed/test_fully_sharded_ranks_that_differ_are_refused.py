@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from ranks import on_ranks
 from torch import nn
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FullyShardedDataParallel, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 from torch.utils.data import DataLoader, TensorDataset
@@ -88,12 +88,13 @@ def first_form() -> nn.Module:
     ("make", "options", "reason"),
     [
         (hybrid, {}, "mesh of shape"),
+        (lambda: network(mesh=DeviceMesh("cpu", [1, 0])), {}, "in their order"),
         (tensor_parallel_inside, {}, "mesh of shape"),
         (first_form, {}, "FullyShardedDataParallel"),
         (lambda: network(offload_policy=CPUOffloadPolicy(pin_memory=False)), {}, "CPUOffloadPolicy"),
         (network, {"noise_generator": torch.Generator().manual_seed(0)}, "noise_generator"),
     ],
-    ids=["hybrid", "tensor parallel inside", "first form", "offloaded", "generator"],
+    ids=["hybrid", "other order", "tensor parallel inside", "first form", "offloaded", "generator"],
 )
 def test_what_cannot_be_split_is_refused_with_the_way_out(make: Any, options: dict[str, Any], reason: str) -> None:
     def run(rank: int) -> str:

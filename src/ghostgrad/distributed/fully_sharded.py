@@ -204,11 +204,11 @@ def _check(groups: Sequence[Any], topology: Topology) -> None:
     for group in groups:
         name = type(group.modules[0]).__name__
         mesh = group.mesh_info.mesh
-        if mesh.ndim != 1 or mesh.size() != topology.size:
+        if mesh.mesh.tolist() != list(range(topology.size)):
             raise ConfigurationError(
                 f"{name} is split over a mesh of shape {tuple(mesh.shape)} on {topology.size} ranks. Only a mesh of one "
-                f"dimension that all ranks are in is supported (no hybrid sharding, no tensor parallelism inside). Leave "
-                f"mesh= out of fully_shard."
+                f"dimension that all ranks are in, in their order, is supported (no hybrid sharding, no tensor parallelism "
+                f"inside). Leave mesh= out of fully_shard."
             )
         after = group.post_forward_mesh_info
         if after is not None and after != group.mesh_info:

@@ -57,10 +57,10 @@ class TensorParallel(Ranks):
 
 def _check(name: str, module: nn.Module, parameter: Any, size: int) -> None:
     mesh, placements = parameter.device_mesh, parameter.placements
-    if mesh.ndim != 1 or mesh.size() != size:
+    if mesh.mesh.tolist() != list(range(size)):
         raise ConfigurationError(
             f"{name} lies on a mesh of shape {tuple(mesh.shape)} on {size} ranks; only a mesh of one dimension that all ranks "
-            f"are in is supported. {_WAY_OUT}"
+            f"are in, in their order, is supported. {_WAY_OUT}"
         )
     linear = isinstance(module, nn.Linear) and module.forward.__func__ is nn.Linear.forward  # type: ignore[attr-defined]
     if not linear or not all(placement.is_shard() or placement.is_replicate() for placement in placements):
