@@ -136,22 +136,23 @@ def test_what_the_first_batch_shows_on_one_rank_stops_all() -> None:
     assert "the output for a record changes" in other
 
 
-class Token(nn.Module):
-    """A parameter of its own beside a part that weights are gathered for."""
+class Folded(nn.Module):
+    """A part of it, which weights are gathered for, sees the records' positions out of order, and only the whole can answer."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.token, self.inner = nn.Parameter(torch.ones(3)), nn.Linear(3, 2)
+        self.inner, self.outer = nn.Linear(3, 3), nn.Linear(3, 2)
         fully_shard(self.inner)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.inner(x + self.token)
+        rows = torch.stack([x, 2 * x]).flatten(0, 1)  # [2 * n, 3], not ordered by record
+        return self.outer(self.inner(rows).view(2, len(x), 3).sum(0))
 
 
-def test_a_module_that_would_gather_weights_while_it_is_run_on_single_records_is_refused() -> None:
-    for message in on_ranks(2, lambda rank: step(fully_shard(Token()))):
-        assert "token" in message
-        assert "small module of their own" in message
+def test_a_module_that_answers_for_weights_that_are_gathered_inside_it_is_refused() -> None:
+    for message in on_ranks(2, lambda rank: step(fully_shard(Folded()))):
+        assert "inner.weight" in message
+        assert "alone and not inside it" in message
 
 
 @pytest.mark.parametrize("mode", ["ghost", "bk"])

@@ -46,8 +46,11 @@ class Block(nn.Module):
 class Network(nn.Module):
     """Embedding, two blocks, and a head that is used twice, or is the embedding's own weight."""
 
-    def __init__(self, *, tied: bool = False, reentrant: bool | None = None, around: bool | None = None) -> None:
+    def __init__(
+        self, *, tied: bool = False, token: bool = False, reentrant: bool | None = None, around: bool | None = None
+    ) -> None:
         super().__init__()
+        self.token = nn.Parameter(torch.randn(1, 1, 7)) if token else None
         self.tokens = nn.Embedding(11, 7)
         self.blocks = nn.ModuleList(Block(7, reentrant) for _ in range(2))
         self.mix = nn.Linear(7, 7)
@@ -58,6 +61,8 @@ class Network(nn.Module):
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
         x = self.tokens(ids)
+        if self.token is not None:
+            x = torch.cat([self.token.expand(len(x), -1, -1), x], 1)
         for block in self.blocks:
             x = block(x) if self.around is None else checkpoint(block, x, use_reentrant=self.around)
         x = self.mix(torch.tanh(self.mix(x)))
@@ -158,6 +163,18 @@ CASES: dict[str, dict[str, Any]] = {
     "parts alone": {"sharding": {"root": False}},
     "tied": {"model": {"tied": True}},
     "tied, one pass": {"model": {"tied": True}, "grad_sample_mode": "bk"},
+    "a token of the root's": {"model": {"token": True}},
+    "a token of the root's, one pass, tiny batches": {
+        "model": {"token": True},
+        "grad_sample_mode": "bk",
+        "batch_size": 2,
+        "sharding": {"reshard_after_forward": True},
+    },
+    "a token of the root's, pieces": {
+        "model": {"token": True},
+        "physical": 2,
+        "sharding": {"reshard_after_forward": False},
+    },
     "frozen": {"prepare": freeze},
     "memory manager": {"physical": 2, "epochs": 2},
     "accumulation": {"accumulation_steps": 2},
@@ -175,7 +192,8 @@ CASES: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize(
-    ("size", "cases"), [(2, list(CASES)), (3, ["auto", "bk", "tiny batches", "both", "recomputed around"])]
+    ("size", "cases"),
+    [(2, list(CASES)), (3, ["auto", "bk", "tiny batches", "both", "a token of the root's, one pass, tiny batches"])],
 )
 def test_split_ranks_train_what_one_process_trains(size: int, cases: list[str]) -> None:
     def run(rank: int | None) -> dict[str, Any]:

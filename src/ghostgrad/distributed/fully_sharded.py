@@ -76,9 +76,32 @@ class Shards:
         """The unit of a split parameter."""
         return self._units.get(parameter)
 
-    def inside(self, module: nn.Module) -> bool:
-        """Whether weights are gathered in the middle of a module's call: for a part of it."""
-        return any(part is not module and part in self._modules for part in module.modules())
+    def inside(self, module: nn.Module) -> list[Unit]:
+        """The units whose weights are gathered in the middle of a module's call: those of parts of it."""
+        parts = {part for part in module.modules() if part is not module}
+        return [unit for unit in self.units if parts.issuperset(unit.modules)]
+
+    @contextmanager
+    def whole(self, module: nn.Module) -> Iterator[None]:
+        """Inside, the weights of a module's parts are gathered, and running it exchanges nothing; also while a backward runs.
+
+        Torch's own hooks on the parts are left out: they would take the run for the next forward.
+        """
+        parts = {part for unit in self.inside(module) for part in unit.modules}
+        groups = [group for group in self._groups if parts.issuperset(group.modules) and not group.is_unsharded]
+        kept = [(part, part._forward_pre_hooks, part._forward_hooks) for part in self._modules if part in parts]
+        try:
+            for group in groups:
+                group.unshard()
+                group.wait_for_unshard()
+            for part, before, after in kept:
+                part._forward_pre_hooks, part._forward_hooks = _without_fsdp(before), _without_fsdp(after)
+            yield
+        finally:
+            for part, before, after in kept:
+                part._forward_pre_hooks, part._forward_hooks = before, after
+            for group in groups:
+                group._to_sharded()
 
     def any_of(self, flags: Sequence[bool]) -> list[bool]:
         """For each flag, whether it is up on any rank."""
@@ -172,6 +195,12 @@ class Shards:
                 group.reduce_grads, group.all_reduce_grads = reduce, all_reduce
 
         return turn_back
+
+
+def _without_fsdp(hooks: Any) -> Any:
+    kept = type(hooks)()
+    kept.update({key: hook for key, hook in hooks.items() if not hook.__module__.startswith("torch.distributed.fsdp")})
+    return kept
 
 
 def _reduce_scatter(mine: Tensor, flat: Tensor) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -16,7 +16,7 @@ from ghostgrad.gradients import Use
 from ghostgrad.layers import Call, Randomness, Rows, Rule
 from ghostgrad.recording.hooks import Hook
 from ghostgrad.recording.places import Observed
-from ghostgrad.recording.plan import Layout, Plan, with_batch
+from ghostgrad.recording.plan import GENERIC, Layout, Plan, with_batch
 from ghostgrad.recording.probe import Probe
 from ghostgrad.recording.tape import Tape
 from ghostgrad.tree import flatten, map_tensors, tensors
@@ -107,8 +107,14 @@ class Modules:
     def uses(self, rule: Rule, call: Call) -> Mapping[str, Use]:
         """What a call used; of weights that are cut into slices, this rank's slice."""
         here: dict[str, Any] = {name: local(p) for name, p in call.parameters.items()}
-        with self.paused():
+        with self.paused(), self.whole(rule, call.module):
             return rule.uses(replace(call, parameters=here))
+
+    def whole(self, rule: Rule, module: nn.Module) -> AbstractContextManager[None]:
+        """What all ranks enter where the rule runs the module again, though weights of its parts are split."""
+        if self.shards is None or rule is not GENERIC or not self.shards.inside(module):
+            return nullcontext()
+        return self.shards.whole(module)
 
     def take_gradients(self) -> dict[str, Tensor]:
         """What autograd left in ``p.grad``, by name of the parameter; it is None then. Of one that is split, this rank's part."""

@@ -265,8 +265,11 @@ class Recorder:
     def _fired(self, tape: Tape, rule: Rule, call: Call) -> None:
         if self._phase is Phase.SUM and self._shards is not None:
             self._shards.note(call.parameters.values())
-        if self._phase is Phase.PASS or not tape.n:
+        if self._phase is Phase.PASS:
             return
+        if not tape.n:
+            with self.modules.whole(rule, call.module):
+                return
         if self._phase is Phase.ISOLATION:
             assert self._keep is not None
             self._linearity.note(call)
@@ -381,7 +384,7 @@ class Recorder:
         recording.grads = _zeros(recording, grads)
         if recording.tape.isolate:
             self._pass_twice(recording, recording.grads)
-        self._run(recording, Phase.PASS, recording.grads, retain=self.sink.two_passes)
+        self._run(recording, Phase.MEASURE, recording.grads, retain=self.sink.two_passes)
         self._check_foreign_gradients()
 
     def _pass_twice(self, recording: Recording, grads: Sequence[Tensor | None]) -> None:

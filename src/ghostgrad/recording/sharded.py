@@ -15,7 +15,6 @@ from ghostgrad.distributed import Shards, Unit
 from ghostgrad.errors import UnsupportedModuleError
 from ghostgrad.recording.hooks import Hook
 from ghostgrad.recording.modules import Modules
-from ghostgrad.recording.plan import GENERIC
 from ghostgrad.recording.probe import Gate
 from ghostgrad.tree import flatten
 
@@ -81,16 +80,17 @@ class Sharded:
         return any(records > 1 for records, _ in found)
 
     def _check_units(self) -> None:
-        """Refuse modules that are run again on single records and would gather weights of their parts while they do."""
+        """Refuse modules that answer for weights of their parts which are gathered only when these are called."""
         plan = self._modules.plan
-        for path, module in self._modules.root.named_modules():
-            claims = [name for name, p in plan.claims(path, module).items() if p.requires_grad]
-            if claims and plan.rule(path, module) is GENERIC and self._shards.inside(module):
+        for path, taken in plan.enclosing.items():
+            module = self._modules.root.get_submodule(path)
+            inside = {p for unit in self._shards.inside(module) for p in unit.parameters}
+            split = [name for name, p in taken.items() if self.owner(p) in inside]
+            if split:
                 raise UnsupportedModuleError(
-                    f"{path or type(module).__name__}: the gradients of {claims[:3]} are found by running this "
-                    f"{type(module).__name__} again on single records, but fully_shard was called on modules inside it, whose "
-                    f"weights all ranks gather together. Put these parameters into a small module of their own, or call "
-                    f"fully_shard on {path or 'the model'} alone and not inside it."
+                    f"{path or type(module).__name__}: the gradients of {split[:3]} are found by running this "
+                    f"{type(module).__name__} again on single records, but fully_shard was called on modules inside it, which "
+                    f"hold them. Call fully_shard on {path or 'the model'} alone and not inside it."
                 )
 
     # ------------------------------------------------------------------ handing sums over
