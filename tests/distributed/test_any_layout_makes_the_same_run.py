@@ -61,12 +61,11 @@ def run(layout: str, kind: str, dtype: torch.dtype) -> tuple[list[list[int]], li
         noise_multiplier=0.8, max_grad_norm=0.5,
     )  # fmt: skip
     drawn = []
-    for _ in range(2):
-        for which, x, y in loader:
-            drawn.append(which.tolist())
-            F.cross_entropy(module(x), y).backward()
-            optimizer.step()
-            optimizer.zero_grad()
+    for which, x, y in loader:
+        drawn.append(which.tolist())
+        F.cross_entropy(module(x), y).backward()
+        optimizer.step()
+        optimizer.zero_grad()
     return drawn, [whole(p.detach()).clone() for p in module.parameters()]
 
 
