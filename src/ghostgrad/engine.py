@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -19,6 +19,9 @@ from ghostgrad.explanation import Explanation, explain
 from ghostgrad.keys import RunKey
 from ghostgrad.noise import GeneratorGaussian, KeyedGaussian, NoiseMechanism
 from ghostgrad.recording.criterion import check_criterion, watched
+from ghostgrad.report import PrivacyReport
+from ghostgrad.report.making import DEFAULT_DELTAS, make_report
+from ghostgrad.report.training import seen_of_records, training_facts
 from ghostgrad.schedulers import Schedule, value_at
 from ghostgrad.session import Session, SessionPlan
 from ghostgrad.spending import Budget
@@ -89,6 +92,7 @@ class PrivacyEngine:
         self._opened = 0
         self._guarantees: list[str] = []
         self._budget: Budget | None = None
+        self._ended: list[dict[str, Any]] = []
 
     # ------------------------------------------------------------------ making private
 
@@ -344,6 +348,53 @@ class PrivacyEngine:
         """
         return explain([(s.module, s.recorder, s.mode, s.optimizer) for s in self._sessions])
 
+    def report(
+        self,
+        deltas: Sequence[float] = DEFAULT_DELTAS,
+        *,
+        privacy_unit: str = "one record of the dataset",
+        title: str = "",
+        statements: Mapping[str, str] | None = None,
+        not_private: bool = False,
+    ) -> PrivacyReport:
+        """What was released so far and what that means, to be published: JSON, HTML, Markdown, LaTeX, a deployment record.
+
+        Formal guarantee: nothing in it depends on private records beyond what was released with noise; it costs no privacy.
+        What voids the guarantee (no noise, a seed, an infinite epsilon) is said first.
+
+        Args:
+            deltas: the main one first, each in (0, 1). Default 1e-5, 1e-6 and 1e-8.
+            privacy_unit: whose data one record is, in your words.
+            title: of the page.
+            statements: what you say about what epsilon does not count, by name: ``"hyper_parameters"``, ``"metrics"``,
+                ``"preprocessing"``, ``"starting_weights"``, ``"other_trainings"``, ``"groups"``, ``"dataset_size"``,
+                ``"floating_point"``. Default ``"unknown"``.
+            not_private: also put in what depends on private records (how many were not finite, which routes the norms took),
+                under a warning. Such a report must not be published. Default False.
+
+        Raises:
+            ConfigurationError: an argument is none of these.
+
+        >>> report = PrivacyEngine().report(deltas=[1e-5], title="Nothing yet")
+        >>> report.to_latex()[:54]
+        'The training is $(0, 10^{-5})$-differentially private '
+        """
+        setup.check_flags(not_private=not_private)
+        return make_report(
+            accountant=self.accountant,
+            trainings=[*self._ended, *map(self._facts, self._sessions)],
+            guarantee=self.guarantee,
+            budget=None if self._budget is None else (self._budget.target_epsilon, self._budget.target_delta),
+            deltas=deltas,
+            privacy_unit=privacy_unit,
+            title=title,
+            statements=statements,
+            not_private=seen_of_records(self.explain(), self.not_finite) if not_private else None,
+        )
+
+    def _facts(self, session: Session) -> dict[str, Any]:
+        return training_facts(session, seeded=self._key.seeded, secure=self.secure_mode)
+
     def check(
         self,
         batch: Any,
@@ -455,6 +506,7 @@ class PrivacyEngine:
         """End private training: hooks go, the original optimizers step again. What was spent stays spent."""
         for session in self._sessions:
             self._closed_steps += session.optimizer.steps
+            self._ended.append(self._facts(session))
             session.close()
         self._sessions.clear()
 

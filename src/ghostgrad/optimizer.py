@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ghostgrad.accounting import Accountant
-from ghostgrad.clipping import ClipFunction, ClippedSum, trainable
+from ghostgrad.clipping import ClipFunction, ClippedSum, Measurement, trainable
 from ghostgrad.distributed import Alone, Topology, is_split, like, local, runs
 from ghostgrad.errors import ConfigurationError, PrivacyError
 from ghostgrad.noise import NoiseMechanism
@@ -21,6 +21,9 @@ from ghostgrad.spending import Budget, Spending
 
 _OWN_RELEASE = 1 << 30
 """The noise address of what the clip function releases; parameters are counted from 0."""
+
+_COUNTS = _OWN_RELEASE + 1
+"""The noise address of the counts of a measurement."""
 
 
 class DPOptimizer(Optimizer):
@@ -68,6 +71,10 @@ class DPOptimizer(Optimizer):
         self.loss_reduction, self.accountant, self.spending, self.budget = loss_reduction, accountant, spending, budget
         self.bound_schedule = bound_schedule
         self.topology = topology or Alone()
+        self.measurement: Measurement | None = None
+        """What is counted of each logical batch for a share of its budget."""
+        self.measured_shares: set[float] = set()
+        """The shares that were ever spent on counts."""
         self.steps = 0
         """Logical steps made."""
         self.noise_step = 0
@@ -217,8 +224,9 @@ class DPOptimizer(Optimizer):
         self.spending.note(noise_multiplier, epochs)
         self.noise_step += 1
         size = self.expected_batch_size * max(1, draws)
-        self._write_gradients(noise_multiplier, size)
-        self._update_clip_function(noise_multiplier, size, statistic)
+        left = self._measure(noise_multiplier, size)
+        self._write_gradients(left, size)
+        self._update_clip_function(left, size, statistic)
         self.total.close()
         self.steps += 1
         if self.bound_schedule is not None:
@@ -255,9 +263,26 @@ class DPOptimizer(Optimizer):
             "the draws since the last step": self.total.span,
             "noise_multiplier": noise_multiplier,
             "max_grad_norm": self.max_grad_norm,
+            "what a Monitor counts": self.measurement and (self.measurement.share, self.measurement.bins),
             "expected_batch_size": self.expected_batch_size,
             "an option of a param_group, or which parameters are trainable,": repr(groups),
         }
+
+    def gradient_noise_multiplier(self, noise_multiplier: float) -> float:
+        """What is left for the clipped sum of a step's noise multiplier when all else in the step has its share."""
+        left = noise_multiplier if self.measurement is None else self.measurement.rest(noise_multiplier)
+        return self.clip_function.effective_noise_multiplier(left)
+
+    def _measure(self, noise_multiplier: float, size: float) -> float:
+        """Release the counts of the measurement, if there is one; the noise multiplier that is left for the rest."""
+        if self.measurement is None:
+            return noise_multiplier
+        counts = self.measurement.count(self.total.seen, self.clip_function.sensitivity)
+        self.topology.add_up([counts])
+        self.noise.add_(counts, std=self.measurement.std(noise_multiplier), step=self.noise_step, index=_COUNTS)
+        self.measurement.release(counts, expected_records=size)
+        self.measured_shares.add(self.measurement.share)
+        return self.measurement.rest(noise_multiplier)
 
     def _write_gradients(self, noise_multiplier: float, size: float) -> None:
         std = self.clip_function.effective_noise_multiplier(noise_multiplier) * self.clip_function.sensitivity

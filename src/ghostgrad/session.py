@@ -96,6 +96,7 @@ class Session:
 
     def __init__(self, plan: SessionPlan, accountant: Accountant, budget: Budget | None) -> None:
         self.module, self.mode, self.loader = plan.module, plan.mode, plan.loader
+        self.sample_rate = plan.sample_rate
         loader, optimizer, delivery = plan.loader, plan.optimizer, plan.delivery
         total = ClippedSum(
             lambda: trainable(optimizer.param_groups),

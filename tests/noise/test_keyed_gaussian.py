@@ -11,10 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
+from ghostgrad import keystream
 from ghostgrad.errors import ConfigurationError, MissingDependencyError
 from ghostgrad.keys import RunKey
-from ghostgrad.noise import KeyedGaussian, _box_muller, _keystream
-from ghostgrad.noise._keystream import AESKeystream, PhiloxKeystream
+from ghostgrad.keystream import AESKeystream, PhiloxKeystream
+from ghostgrad.noise import KeyedGaussian, _box_muller
 
 KEY = RunKey.from_seed(2024)
 STREAMS = [AESKeystream, PhiloxKeystream]
@@ -71,7 +72,7 @@ def test_tails_have_the_right_mass(dtype: torch.dtype) -> None:
 
 
 def test_smallest_and_largest_words_give_finite_values() -> None:
-    class Extreme(_keystream.Keystream):
+    class Extreme(keystream.Keystream):
         def __init__(self, word: int) -> None:
             self.word = word
 
@@ -257,7 +258,7 @@ def test_secure_noise_uses_four_terms_per_value() -> None:
 
 
 def test_without_cryptography_secure_is_refused_and_plain_still_works(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_keystream, "HAS_CRYPTOGRAPHY", False)
+    monkeypatch.setattr(keystream, "HAS_CRYPTOGRAPHY", False)
     with pytest.raises(MissingDependencyError, match="pip install"):
         KeyedGaussian(KEY, secure=True)
     fallback = KeyedGaussian(KEY)

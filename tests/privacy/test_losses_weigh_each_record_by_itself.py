@@ -222,31 +222,108 @@ def test_a_sum_divided_by_a_constant_is_refused_when_the_size_of_the_batch_chang
         (F.cross_entropy(model(x[:4]), y[:4], reduction="sum") / 6).backward()
 
 
-def masked_mean_in_disguise(each: Tensor, mask: Tensor) -> Tensor:
-    return (each * mask).mean() * (mask.numel() / mask.sum().item())
+def masked_losses(m: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+    """Four of six records count."""
+    return F.cross_entropy(m(x), y, reduction="none") * (torch.arange(len(x)) % 3 != 2).double()
+
+
+def ignoring_targets(m: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+    """Four of six records count."""
+    return F.cross_entropy(m(x), y.where(torch.arange(len(x)) % 3 != 2, -100), reduction="none")
+
+
+def every_loss(m: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+    return F.cross_entropy(m(x), y, reduction="none")
+
+
+@pytest.mark.parametrize(
+    ("each", "reduction", "factor", "found"),
+    [
+        (masked_losses, "mean", 6 / 4, "keeps 4 of 6 elements"),
+        (ignoring_targets, "mean", 6 / 4, "keeps 4 of 6 elements"),
+        (masked_losses, "sum", 1 / 4, "keeps 4 of 6 elements"),
+        (ignoring_targets, "sum", 1 / 4, "keeps 4 of 6 elements"),
+        (every_loss, "mean", 60 / 37, "If that was counted in the batch"),
+        (every_loss, "mean", 37 / 60, "If that was counted in the batch"),
+        (every_loss, "sum", 60 / 37, "If that was counted in the batch"),
+    ],
+)
+def test_a_factor_that_was_counted_is_refused_in_the_first_batch(
+    each: Callable[..., Tensor], reduction: str, factor: float, found: str
+) -> None:
+    model, x, y = classifier()
+    model, _, _ = made_private(model, loss_reduction=reduction)
+    losses = each(model, x, y)
+    with pytest.raises(PrivacyError, match=found):
+        ((losses.mean() if reduction == "mean" else losses.sum()) * factor).backward()
+
+
+def test_a_count_over_a_count_is_not_hidden_by_writing_two_numbers() -> None:
+    model, x, y = classifier()
+    model, _, _ = made_private(model)
+    with pytest.raises(PrivacyError, match="If that was counted in the batch"):
+        (0.5 * every_loss(model, x, y).mean() * 60 / 37).backward()
+
+
+@pytest.mark.parametrize(
+    "factor", [0.5, 0.1, 2.0, 2.5, 100.0, 1e-4, 0.00025, 1 / 3, 1 / 60_000, 1 / 768**0.5, 768**0.5, 0.123, -0.2]
+)
+def test_a_factor_that_somebody_would_write_is_not_refused(factor: float) -> None:
+    model, x, y = classifier()
+    reached = sensitivity(model, lambda m, x, y: factor * F.cross_entropy(m(x), y), x, y, "bk")
+    assert 0 < reached <= C * (1 + 1e-6)
+
+
+def test_constants_may_multiply_to_more_digits() -> None:
+    model, x, y = classifier()
+    reached = sensitivity(model, lambda m, x, y: 0.123 * (F.cross_entropy(m(x), y) / 3) * 0.7, x, y, "bk")
+    assert 0 < reached <= C * (1 + 1e-6)
 
 
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
 def test_a_factor_that_changes_from_batch_to_batch_is_refused(reduction: str) -> None:
     model, x, y = classifier()
     model, optimizer, _ = made_private(model, loss_reduction=reduction)
-    for counted in (3, 5):
-        each = F.cross_entropy(model(x), y, reduction="none") * (torch.arange(6) < counted)
-        loss = (each.mean() if reduction == "mean" else each.sum()) * (10 / counted)
-        if counted == 5:
-            with pytest.raises(PrivacyError, match="others than in an earlier batch"):
-                loss.backward()
-        else:
-            loss.backward()
-            optimizer.step()
-            optimizer.zero_grad()
+    for factor in (2.5, 2.0):
+        each = F.cross_entropy(model(x), y, reduction="none")
+        with pytest.raises(PrivacyError, match="others than in an") if factor == 2 else contextlib.nullcontext():
+            ((each.mean() if reduction == "mean" else each.sum()) * factor).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+PARTS_OVER_THE_BATCH = {
+    "records": lambda each, part, batch: each.mean() / len(batch),
+    "parts": lambda each, part, batch: each.mean() / -(-len(batch) // len(part)),
+    "elements": lambda each, part, batch: each.sum() / batch.numel(),
+    "counted tokens": lambda each, part, batch: each.sum() / 37,
+    "a share": lambda each, part, batch: each.mean() * (5 / 37),
+}
+
+
+@pytest.mark.parametrize("rows", [1, 2])
+@pytest.mark.parametrize("name", PARTS_OVER_THE_BATCH)
+def test_parts_of_a_batch_that_are_divided_by_the_batch_are_refused(name: str, rows: int) -> None:
+    torch.manual_seed(0)
+    data = torch.utils.data.TensorDataset(torch.randn(7, 5).double(), torch.randint(3, (7,)))
+    model = nn.Linear(5, 3).double()
+    model, _, loader = PrivacyEngine(seed=0).make_private(
+        module=model, optimizer=torch.optim.SGD(model.parameters(), lr=0.1), noise_multiplier=0.0, max_grad_norm=C,
+        data_loader=torch.utils.data.DataLoader(data, batch_size=7), poisson_sampling=False,
+    )  # fmt: skip
+    (x, y), *_ = loader
+    each = F.cross_entropy(model(x[:rows]), y[:rows], reduction="none")
+    with pytest.raises(
+        PrivacyError, match=r"number of the batch's|not one over the number of its|counted in the batch"
+    ):
+        PARTS_OVER_THE_BATCH[name](each, x[:rows], x).backward()
 
 
 def test_a_number_inside_a_loss_that_changes_from_batch_to_batch_is_refused() -> None:
     model, x, y = classifier()
     model, optimizer, _ = made_private(model)
     for counted in (3, 5):
-        each = F.cross_entropy(model(x) * 0.5, y, reduction="none") * (torch.arange(6) < counted) * (10 / counted)
+        each = F.cross_entropy(model(x) * 0.5, y, reduction="none") * (torch.arange(6) < counted) * (10.5 / counted)
         with pytest.raises(PrivacyError, match="others than in an") if counted == 5 else contextlib.nullcontext():
             each.mean().backward()
         optimizer.step()
@@ -306,7 +383,7 @@ def test_a_criterion_that_counts_is_refused_in_the_first_batch_in_which_it_shows
     masks = [torch.ones(6), (torch.arange(6) < 4).double()]
 
     def criterion(out: Tensor, y: Tensor, mask: Tensor) -> Tensor:
-        return masked_mean_in_disguise(F.cross_entropy(out, y, reduction="none"), mask)
+        return (F.cross_entropy(out, y, reduction="none") * mask).mean() * (mask.numel() / mask.sum().item())
 
     model, optimizer, watched, _ = made_private(model, criterion=criterion)
     watched(model(x), y, masks[0]).backward()

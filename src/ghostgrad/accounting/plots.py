@@ -4,12 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
-from ghostgrad.accounting._checks import check_delta
-from ghostgrad.accounting.base import Accountant, fresh
-from ghostgrad.accounting.ledger import Ledger
-from ghostgrad.accounting.reading import privacy_profile, trade_off
+from ghostgrad.accounting.base import Accountant
+from ghostgrad.accounting.reading import epsilon_over_releases, privacy_profile, trade_off
 from ghostgrad.errors import MissingDependencyError
 
 if TYPE_CHECKING:
@@ -37,21 +33,9 @@ def plot_epsilon(accountant: Accountant, delta: float, axes: Axes | None = None,
     >>> plot_epsilon(accountant, 1e-5, points=3).get_xlabel()
     'steps'
     """
-    delta, drawn = check_delta(delta), _axes(axes)
-    held, total = fresh(accountant), len(accountant)
-    held.ledger = Ledger()
-    marks = np.unique(np.round(np.linspace(0, total, points + 1)).astype(int)).tolist()
-    steps, epsilons, done = [0], [0.0], 0
-    for event, count in accountant.ledger:
-        stops = [mark for mark in marks if done < mark <= done + count]
-        for stop in [*stops, done + count]:
-            held.record(event, stop - len(held))
-            if stop in marks and stop > steps[-1]:
-                steps.append(stop)
-                epsilons.append(held.get_epsilon(delta))
-        done += count
-    drawn.plot(steps, epsilons)
-    drawn.set(xlabel="steps", ylabel=f"epsilon at delta {delta:g}", title=f"{held.neighbouring}, {held.mechanism}")
+    drawn, curve = _axes(axes), epsilon_over_releases(accountant, delta, points)
+    drawn.plot(curve.x, curve.y)
+    drawn.set(xlabel="steps", ylabel=curve.quantity, title=f"{curve.neighbouring}, {curve.accountant}")
     return drawn  # type: ignore[no-any-return]
 
 

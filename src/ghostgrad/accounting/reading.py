@@ -25,6 +25,7 @@ from ghostgrad.accounting._checks import (
 )
 from ghostgrad.accounting.base import Accountant, fresh
 from ghostgrad.accounting.calibration import most_steps
+from ghostgrad.accounting.ledger import Ledger
 from ghostgrad.errors import ConfigurationError
 
 Array = NDArray[np.float64]
@@ -63,6 +64,31 @@ class Curve:
 
 def _reading(accountant: Accountant, value: float, quantity: str) -> Reading:
     return Reading(value, quantity, accountant.neighbouring, accountant.mechanism)
+
+
+def epsilon_over_releases(accountant: Accountant, delta: float, points: int = 40) -> Curve:
+    """Return epsilon at ``delta`` over the releases of the ledger, at about ``points`` of them.
+
+    >>> from ghostgrad.accounting import RDPAccountant
+    >>> accountant = RDPAccountant()
+    >>> accountant.step(noise_multiplier=1.0, sample_rate=0.01, steps=100)
+    >>> epsilon_over_releases(accountant, 1e-5, points=2).x.tolist()
+    [0.0, 50.0, 100.0]
+    """
+    delta, held, total = check_delta(delta), fresh(accountant), len(accountant)
+    held.ledger = Ledger()
+    marks = np.unique(np.round(np.linspace(0, total, points + 1)).astype(int)).tolist()
+    steps, epsilons, done = [0], [0.0], 0
+    for event, count in accountant.ledger:
+        stops = [mark for mark in marks if done < mark <= done + count]
+        for stop in [*stops, done + count]:
+            held.record(event, stop - len(held))
+            if stop in marks and stop > steps[-1]:
+                steps.append(stop)
+                epsilons.append(held.get_epsilon(delta))
+        done += count
+    x, y = np.array(steps, dtype=np.float64), np.array(epsilons, dtype=np.float64)
+    return Curve(x, y, f"epsilon at delta {delta:g}", held.neighbouring, held.mechanism)
 
 
 def privacy_profile(accountant: Accountant, epsilons: Sequence[float] | Array | None = None) -> Curve:

@@ -4,6 +4,7 @@ from ghostgrad.clipping.accumulator import ClippedSum, trainable
 from ghostgrad.clipping.adaptive import AdaptiveClipping
 from ghostgrad.clipping.clipper import Clipper, Mode
 from ghostgrad.clipping.functions import AutomaticClipping, ClipFunction, FlatClipping, PerLayerClipping
+from ghostgrad.clipping.measurement import Measurement, Seen
 
 __all__ = [
     "AdaptiveClipping",
@@ -12,7 +13,9 @@ __all__ = [
     "ClippedSum",
     "Clipper",
     "FlatClipping",
+    "Measurement",
     "Mode",
     "PerLayerClipping",
+    "Seen",
     "trainable",
 ]

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
+from ghostgrad.clipping.measurement import Seen
 from ghostgrad.distributed import is_split, local
 from ghostgrad.errors import PrivacyError
 from ghostgrad.recording import Delivery, Tape
@@ -45,12 +46,17 @@ class ClippedSum:
         self._used_before: dict[int, tuple[Tensor, int]] = {}
         self.not_finite = 0
         """Records dropped since the start because their gradient was not finite. Not private: do not publish it."""
+        self.last_seen: Seen | None = None
+        """The records of the last step, where somebody watches. Private."""
+        self.watchers = 0
+        """How many look at the records; norms are kept until the step for them."""
         self._abandoned = self._closed = self._closed_draw = -1
         self.clear()
 
     def clear(self) -> None:
         """Drop what was added; nothing of it was released."""
         self._sums: dict[nn.Parameter, Tensor] = {}
+        self._seen: list[Seen] = []
         self.statistic = 0.0
         """The clip function's own sum over the records."""
         self._rows: Counter[int] = Counter()
@@ -66,12 +72,18 @@ class ClippedSum:
         """The sum was released: its records, and any others of the batch that is held, are spent."""
         for number in self.logical_batches:
             self._empty_batches.pop(number, None)
+        self.last_seen = self.seen if self.watchers else None
         self.clear()
         self._used_before, self._used = self._used, {}
         if self._delivery:
             held = self._delivery()
             self._closed, self._closed_draw = held.piece, held.logical_batch
             self._empty_batches.pop(held.logical_batch, None)
+
+    @property
+    def seen(self) -> Seen:
+        """The records in the sum, as far as they are watched. Private."""
+        return Seen.joined(self._seen)
 
     @property
     def span(self) -> tuple[int, int]:
@@ -193,10 +205,17 @@ class ClippedSum:
             )
 
     def add(
-        self, sums: Mapping[nn.Parameter, Tensor], tapes: Sequence[Tape], *, statistic: float = 0.0, dropped: int = 0
+        self,
+        sums: Mapping[nn.Parameter, Tensor],
+        tapes: Sequence[Tape],
+        *,
+        statistic: float = 0.0,
+        dropped: int = 0,
+        seen: Seen | None = None,
     ) -> None:
         """Add the sums of one backward, from which ``dropped`` records were left out as not finite."""
         self.statistic += statistic
+        self._seen += [] if seen is None else [seen]
         self.not_finite += dropped
         for parameter, part in sums.items():
             known = self._sums.get(parameter)

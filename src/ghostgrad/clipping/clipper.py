@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ghostgrad.clipping.accumulator import ClippedSum
 from ghostgrad.clipping.functions import ClipFunction
+from ghostgrad.clipping.measurement import Seen
 from ghostgrad.distributed import Shards, TensorParallel, Unit
 from ghostgrad.errors import PrivacyError
 from ghostgrad.gradients import Explicit, Use, join
@@ -68,6 +69,7 @@ class Clipper:
         self._unit = 1.0
         self._finite: Tensor | None = None
         self._statistic = 0.0
+        self._seen: Seen | None = None
         self._sums: dict[nn.Parameter, Tensor] = {}
         self._parts: dict[nn.Parameter, Tensor] = {}
         self._room = _ROOM
@@ -121,6 +123,7 @@ class Clipper:
             sq_norms = self._slices.join_norms(sq_norms, parameters)
         self._statistic = self.function.statistic(sq_norms)
         factors = self.function.factors(sq_norms).expand(n, len(parameters))
+        self._seen = Seen.of(sq_norms, factors) if self.total.watchers else None
         finite = sq_norms.sum(1).isfinite()
         if not bool(finite.all()):
             self._finite = finite
@@ -173,7 +176,8 @@ class Clipper:
     def commit(self, tapes: Sequence[Tape]) -> None:
         """The backward went well: its sums become part of the step's."""
         dropped = 0 if self._finite is None else int((~self._finite).sum())
-        self.total.add({**self._sums, **self._parts}, tapes, statistic=self._statistic, dropped=dropped)
+        sums = {**self._sums, **self._parts}
+        self.total.add(sums, tapes, statistic=self._statistic, dropped=dropped, seen=self._seen)
 
 
 def _columns(sq_norms: Sequence[Tensor | None], n: int) -> Tensor:

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ghostgrad.noise._keystream import PAGE_BYTES, SLACK_BYTES, Keystream
+from ghostgrad.keystream import PAGE_BYTES, SLACK_BYTES, Keystream
 
 _SCRATCH_PAGES = 63
 """Pages that are transformed at once. Half of their words are fewer than torch would split between threads."""

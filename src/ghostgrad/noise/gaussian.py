@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from ghostgrad.keys import RunKey
+from ghostgrad.keystream import Keystream, keystream_type
 from ghostgrad.noise._box_muller import Draw, add_gaussians
-from ghostgrad.noise._keystream import Keystream, keystream_type
 from ghostgrad.noise.mechanism import check_request
 
 _SECURE_TERMS = 4

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from ghostgrad.errors import PrivacyError
+from ghostgrad.recording import loss_constants
 from ghostgrad.recording.loss_graph import BOUNDARY, below, is_python_number, numbers, shapes
 from ghostgrad.recording.scalers import is_scaled
 
@@ -29,18 +30,37 @@ _Part = tuple[Any, "Scale"]
 
 
 class Scale(NamedTuple):
-    """The product of the numbers on the way from the loss to a term, and each of them as a divisor."""
+    """The product of the numbers on the way from the loss to a term.
+
+    Attributes:
+        factor: the product.
+        written: those that the user wrote.
+        averages: one over the number of elements, for each mean on the way that is not over the batch.
+    """
 
     factor: float = 1.0
-    divisors: tuple[float, ...] = ()
+    written: tuple[float, ...] = ()
+    averages: tuple[float, ...] = ()
 
     def times(self, number: float) -> Scale:
-        """Multiplied by one more."""
-        return Scale(self.factor * number, (*self.divisors, 1 / number) if number else self.divisors)
+        """Multiplied by one more that was written."""
+        return Scale(self.factor * number, (*self.written, number), self.averages)
 
     def over(self, number: float) -> Scale:
-        """Divided by one more."""
-        return Scale(self.factor / number if number else math.inf, (*self.divisors, number))
+        """Divided by one more that was written."""
+        return self.times(1 / number if number else math.inf)
+
+    def averaged(self, count: int) -> Scale:
+        """Divided by the number of elements of a mean."""
+        return Scale(self.factor / count, self.written, (*self.averages, 1 / count))
+
+    def without(self, divisors: Sequence[int]) -> Scale | None:
+        """The same without one division by one of these; None if there is none."""
+        for i, number in enumerate(self.written + self.averages):
+            if any(math.isclose(abs(number) * divisor, 1.0, rel_tol=_RELATIVE) for divisor in divisors):
+                written = self.written[:i] + self.written[i + 1 :]
+                return self._replace(factor=self.factor / abs(number), written=written)
+        return None
 
 
 class Term(NamedTuple):
@@ -50,20 +70,25 @@ class Term(NamedTuple):
         factor: the product of all numbers that multiply it.
         is_mean: whether it is a mean; also a sum that is divided by the number of its records or elements.
         numbers: the Python numbers inside of it.
+        written: the numbers that the user multiplied it by, but for that divisor.
+        inside: the nodes between the reduction and the model.
     """
 
     factor: float
     is_mean: bool
     numbers: tuple[float, ...] = ()
+    written: tuple[float, ...] = ()
+    inside: tuple[Any, ...] = ()
 
 
-def check(root: Any, nodes: Sequence[Any], n: int, knowledge: Any) -> None:
+def check(root: Any, nodes: Sequence[Any], n: int, delivered: int, knowledge: Any) -> None:
     """Hold a loss to the declared reduction, with numbers that are the same for every batch.
 
     Args:
         root: the node of the loss.
         nodes: all nodes from there to the model.
-        n: the records in the batch.
+        n: the records that the loss is about.
+        delivered: the records in the batch that the private loader handed out; n without one.
         knowledge: what was declared and seen before (`LossKnowledge`).
 
     Raises:
@@ -77,9 +102,11 @@ def check(root: Any, nodes: Sequence[Any], n: int, knowledge: Any) -> None:
             f"depends on the others. Apply it within each record and take the mean over the records last; or pass the loss as "
             f"criterion= to make_private, where it is taken apart and checked on values."
         ) from None
-    if n > 1:  # of one record the mean is the sum
+    for term in terms:
+        _check_reduction(term, n, knowledge.reduction)
+    if knowledge.numbers is None:
         for term in terms:
-            _check_reduction(term, n, knowledge.reduction)
+            loss_constants.check(term, n, delivered)
     _check_numbers(terms, knowledge)
 
 
@@ -167,17 +194,17 @@ class _Reader:
 
     def _term(self, node: Any, scale: Scale, *, is_mean: bool, elements: int) -> Term:
         """What a node reduces, with the numbers that its elements are multiplied by drawn out."""
+        inside = tuple(each for each in below(node) if each in self._leading)
         last = node if hasattr(node, "_saved_reduction") else None
         while last is None:
             (node, *others) = [child for child, _ in node.next_functions if child in self._leading] or [None]
             drawn = None if node is None or others else _elementwise_factor(node, scale)
             last, scale = (node, scale) if drawn is None else (None, drawn)
         inner = tuple(number for each in below(last) if each in self._leading for number in numbers(each))
-        if not is_mean and self._knowledge.reduction == "mean":
-            for divisor in scale.divisors:
-                if any(math.isclose(abs(divisor), count, rel_tol=_RELATIVE) for count in (self._n, elements)):
-                    return Term(scale.factor * abs(divisor), True, inner)
-        return Term(scale.factor, is_mean, inner)
+        mean = scale.without((self._n, elements)) if not is_mean and self._knowledge.reduction == "mean" else None
+        if mean is not None:
+            return Term(mean.factor, True, inner, mean.written, inside)
+        return Term(scale.factor, is_mean, inner, scale.written, inside)
 
     def _children(self, node: Any, scale: Scale) -> list[_Part]:
         return [(child, scale) for child, _ in node.next_functions if child is not None]
@@ -223,7 +250,7 @@ class _Reader:
         if sizes and count % self._n == 0 and not self._is_over_the_batch_already(node):
             return self._term(node, scale, is_mean=is_mean, elements=count)
         # Not over the batch (losses that were stacked, means by class): look at what is summed.
-        return self._children(node, scale.over(count) if is_mean else scale)
+        return self._children(node, scale.averaged(count) if is_mean else scale)
 
     def _is_over_the_batch_already(self, node: Any) -> bool:
         """Whether what is reduced has lost its batch dimension before, though its size could be taken for one."""
@@ -277,6 +304,8 @@ def _summed(node: Any) -> int:
 def _check_reduction(term: Term, n: int, reduction: str) -> None:
     """A term must be what was declared; a hand-made divisor is accepted only where it is the number of records or elements."""
     undone = abs(term.factor) * n
+    if n == 1 and (reduction == "sum" or math.isclose(abs(term.factor), 1.0, rel_tol=_RELATIVE)):
+        return  # of one record the mean is the sum
     if reduction == "sum" and (term.is_mean or math.isclose(undone, 1.0, rel_tol=_RELATIVE)):
         found = "mean"
     elif reduction == "mean" and not term.is_mean and math.isclose(abs(term.factor), 1.0, rel_tol=_RELATIVE):

@@ -128,7 +128,8 @@ def check_losses(losses: Sequence[Tensor], *, weighted: bool = False, only_some_
             continue
         if tape.n > 1:  # a record by itself selects among nobody
             loss_selections.check_nodes(leading, boundaries, tape.n, knowledge)
-        loss_terms.check(loss.grad_fn, leading, tape.n, knowledge)
+        delivered = tape.delivery.records if tape.delivery else tape.n
+        loss_terms.check(loss.grad_fn, leading, tape.n, delivered, knowledge)
         if tape.n > 1 and not knowledge.separable:
             separable.check(loss, boundaries)
             knowledge.separable = True

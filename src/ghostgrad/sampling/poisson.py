@@ -6,14 +6,13 @@ import math
 from collections.abc import Iterator, Sequence
 
 import numpy as np
-import numpy.typing as npt
 from torch.utils.data import Sampler
 
 from ghostgrad.errors import ConfigurationError
 from ghostgrad.keys import RunKey
+from ghostgrad.keystream import keystream_type
 from ghostgrad.sampling._indices import check_indices
-
-Indices = npt.NDArray[np.int64]
+from ghostgrad.sampling._uniform import Indices, Uniform
 
 
 class PoissonBatchSampler(Sampler[list[int]]):
@@ -26,7 +25,8 @@ class PoissonBatchSampler(Sampler[list[int]]):
 
     Formal guarantee: under adding or removing one record, a step on one logical batch is amplified by Poisson
     subsampling at rate ``sample_rate`` (Balle, Barthe and Gaboardi 2018, theorem 8; Abadi et al. 2016, section 3.1),
-    as long as the key stays secret. The counts and the indices are secrets as well.
+    as long as the key stays secret. The counts and the indices are secrets as well. Draws are made of AES-256 in counter mode
+    where the package ``cryptography`` is installed (secure mode demands it), else of Philox4x64-10.
 
     Args:
         records: how many records there are (indices ``0 .. n-1``), or the indices that may be drawn, without repeats.
@@ -84,18 +84,14 @@ class PoissonBatchSampler(Sampler[list[int]]):
 
     def draw(self, *, epoch: int, step: int) -> list[list[int]]:
         """The ``accumulation_steps`` parts of one logical batch; any of them may be empty."""
-        seed = self._key.derive("sampling", epoch, step)
-        bits = np.random.Philox(
-            key=int.from_bytes(seed[:16], "little"), counter=int.from_bytes(seed[16:], "little") << 128
-        )
-        generator = np.random.Generator(bits)
-        count = int(generator.binomial(self.num_records, self.sample_rate))
-        drawn: Indices = generator.choice(self.num_records, size=count, replace=False)
+        draws = Uniform(keystream_type(cryptographic=False)(self._key.derive("sampling", epoch, step)))
+        count = draws.binomial(self.num_records, self.sample_rate)
+        drawn = draws.subset(self.num_records, count)
         if self._indices is not None:
             drawn = self._indices[drawn]
         if self.accumulation_steps == 1:
             return [drawn.tolist()]
-        part_of = generator.integers(self.accumulation_steps, size=count)
+        part_of = draws.below(self.accumulation_steps, count)
         return [drawn[part_of == part].tolist() for part in range(self.accumulation_steps)]
 
 
