@@ -136,8 +136,8 @@ class PrivacyEngine:
             poisson_sampling: draw every batch by independent coin flips, which the accounting rewards. False keeps the
                 loader's own batches, without amplification.
             clipping: ``"flat"``, ``"per_layer"``, ``"automatic"``, ``"adaptive"``, or a clip function.
-            grad_sample_mode: ``"hooks"``, ``"ghost"``, ``"bk"``, ``"functorch"``; ``"auto"`` is the one-pass ``"bk"``. They
-                differ in cost, not in result.
+            grad_sample_mode: ``"hooks"``, ``"ghost"``, ``"bk"``, ``"functorch"``; ``"auto"`` is the one-pass ``"bk"``, and
+                ``"ghost"`` for a model that `fully_shard` split. They differ in cost, not in result.
             sample_rate: probability of each record for one logical batch; default ``batch_size / n``.
             expected_batch_size: divisor of a mean loss; default ``sample_rate * n``, a float.
             accumulation_steps: loader batches that make up one logical batch.
@@ -153,7 +153,9 @@ class PrivacyEngine:
         """
         topology = self._ranks()
         with topology.together():
-            mode = _mode(grad_sample_mode)
+            layout = setup.topology_of(module, topology)
+            shards = setup.shards_of(module, layout)
+            mode = _mode(grad_sample_mode, split=shards is not None)
             choose("loss_reduction", loss_reduction, ("mean", "sum"))
             setup.check_flags(batch_first=batch_first, poisson_sampling=poisson_sampling)
             setup.check_numbers(sample_rate=sample_rate, expected_batch_size=expected_batch_size)
@@ -164,10 +166,12 @@ class PrivacyEngine:
             if criterion is not None:
                 check_criterion(criterion, loss_reduction)
             key = RunKey(self._key.derive("session", self._opened), seeded=self._key.seeded)
+            setup.check_noise_generator(noise_generator, module)
             noise = self._noise(key, noise_generator)
             setup.check_sampling(data_loader, poisson_sampling)
+            share = layout.size > 1 and layout.shares_records
             loader = setup.private_loader(
-                data_loader, key, poisson_sampling, sample_rate, accumulation_steps, distributed=topology.size > 1
+                data_loader, key, poisson_sampling, sample_rate, accumulation_steps, distributed=share
             )
             rate, size = setup.public_sizes(loader, sample_rate, expected_batch_size, accumulation_steps)
             schedule, bound = None, max_grad_norm
@@ -179,7 +183,7 @@ class PrivacyEngine:
             )
             plan = SessionPlan(
                 module, optimizer, loader, function, mode, noise, noise_multiplier, rate, size, batch_first,
-                loss_reduction, schedule, topology,
+                loss_reduction, schedule, layout, shards,
             )  # fmt: skip
         topology.agree({"the seed of the engine": self._seed_mark, **plan.facts()})
         # Everything was checked; from here on things change.
@@ -538,6 +542,7 @@ class PrivacyEngine:
         module: nn.Module, optimizer: Optimizer | None = None, data_loader: DataLoader[Any] | None = None
     ) -> None:
         """Raise what `make_private` would raise for these, and change nothing."""
+        setup.shards_of(module, setup.topology_of(module, current()))
         setup.check_module(module)
         if optimizer is not None:
             setup.check_optimizer(optimizer, module)
@@ -577,6 +582,8 @@ class PrivacyEngine:
         self._sessions.clear()
 
 
-def _mode(grad_sample_mode: str) -> Mode:
+def _mode(grad_sample_mode: str, *, split: bool) -> Mode:
     choose("grad_sample_mode", grad_sample_mode, ("auto", *(mode.value for mode in Mode)))
-    return Mode.BK if grad_sample_mode == "auto" else Mode(grad_sample_mode)
+    if grad_sample_mode == "auto":
+        return Mode.GHOST if split else Mode.BK  # who splits a model has no room to keep what one pass keeps
+    return Mode(grad_sample_mode)

@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 
 from ghostgrad.accounting import Accountant
 from ghostgrad.clipping import ClipFunction, ClippedSum, Measurement, trainable
-from ghostgrad.distributed import Alone, Topology
+from ghostgrad.distributed import Alone, Topology, is_split, like, local, runs
 from ghostgrad.errors import ConfigurationError, PrivacyError
 from ghostgrad.noise import NoiseMechanism
 from ghostgrad.recording.scalers import scalers
@@ -252,7 +252,9 @@ class DPOptimizer(Optimizer):
                     f"accounted. Run the same loop on every rank: the same batches (an empty or bad one too), schedules and "
                     f"frozen layers."
                 )
-        return len(set().union(*(draws for _, draws, _ in found))), math.fsum(statistic for *_, statistic in found)
+        if self.topology.shares_records:
+            statistic = math.fsum(share for *_, share in found)
+        return len(set().union(*(draws for _, draws, _ in found))), statistic
 
     def _step_facts(self, noise_multiplier: float) -> dict[str, object]:
         """What ranks compare in every step."""
@@ -287,11 +289,15 @@ class DPOptimizer(Optimizer):
         divisor = size if self.loss_reduction == "mean" else 1.0
         numbered = [(i, p) for i, p in enumerate(p for group in self.param_groups for p in group["params"])]
         sums = {index: self.total.take(p) for index, p in numbered if p.requires_grad}
-        self.topology.add_up(list(sums.values()))
-        self.noise.add_all_(sums, std=std, step=self.noise_step)
+        # Of a parameter that is split over the ranks, each has its part of the sum of all, and draws the noise of that part.
+        self.topology.add_up([sums[index] for index, p in numbered if p.requires_grad and not is_split(p)])
+        slices = [
+            (index, run, offset) for index, p in numbered if p.requires_grad for offset, run in runs(p, sums[index])
+        ]
+        self.noise.add_all_(slices, std=std, step=self.noise_step)
         for index, p in numbered:
             if p.requires_grad:
-                p.grad = _towards_zero(sums.pop(index).div_(divisor), p.dtype)
+                p.grad = like(p, _towards_zero(sums.pop(index).div_(divisor), p.dtype))
                 self._written[p] = p.grad
 
     def _update_clip_function(self, noise_multiplier: float, size: float, statistic: float) -> None:
@@ -313,7 +319,7 @@ class DPOptimizer(Optimizer):
                     "step() was called again before zero_grad(): the gradient of the last step is still there. Call "
                     "optimizer.zero_grad() after each step."
                 )
-            if bool(p.grad.count_nonzero()):
+            if bool(local(p.grad).count_nonzero()):
                 raise PrivacyError(
                     f"parameter {number} of the optimizer (shape {list(p.shape)}) holds a gradient that the clipper did not "
                     f"produce, so it is not bounded. It comes from a backward in eval mode, through another module, or was "

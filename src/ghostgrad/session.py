@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 from ghostgrad import setup
 from ghostgrad.accounting import Accountant
 from ghostgrad.clipping import ClipFunction, ClippedSum, Clipper, Mode, trainable
-from ghostgrad.distributed import Topology, facts_of, inner_module, unsynchronised
+from ghostgrad.distributed import Shards, TensorParallel, Topology, facts_of, inner_module, unsynchronised
 from ghostgrad.noise import GeneratorGaussian, NoiseMechanism
 from ghostgrad.optimizer import DPOptimizer
 from ghostgrad.recording import Delivery, Recorder
@@ -39,12 +39,18 @@ class SessionPlan:
     loss_reduction: str
     bound_schedule: Callable[[int], float] | None
     topology: Topology
+    shards: Shards | None = None
 
     @property
     def spending(self) -> Spending:
         """How its steps are accounted."""
         poisson = self.loader is None or self.loader.poisson_sampling
         return PoissonSpending(self.sample_rate) if poisson else ShuffledSpending()
+
+    @property
+    def slices(self) -> TensorParallel | None:
+        """The ranks, where each holds slices of the same layers."""
+        return self.topology if isinstance(self.topology, TensorParallel) else None
 
     @property
     def delivery(self) -> Callable[[], Delivery] | None:
@@ -73,6 +79,8 @@ class SessionPlan:
             "batch_first": self.batch_first,
             "the type of the optimizer": type(self.optimizer).__name__,
             "an option or a parameter of the optimizer": repr(groups),
+            # Split ranks run each backward together, as often as the mode needs.
+            **({} if self.shards is None else {"grad_sample_mode": self.mode, **self.shards.facts()}),
             **facts_of(inner_module(self.module)),
         }
 
@@ -98,12 +106,14 @@ class Session:
         )
         self.recorder = Recorder(
             inner_module(plan.module),
-            Clipper(plan.function, total, plan.mode),
+            Clipper(plan.function, total, plan.mode, plan.shards, plan.slices),
             delivery,
             batch_first=plan.batch_first,
             generic_only=plan.mode is Mode.FUNCTORCH,
             loss_reduction=plan.loss_reduction,
             accumulation_steps=1 if loader is None else loader.accumulation_steps,
+            shards=plan.shards,
+            slices=plan.slices,
         )
         self.recorder.attach()
         self.optimizer = DPOptimizer(
@@ -121,7 +131,9 @@ class Session:
             topology=plan.topology,
         )
         setup.claim(plan.module, optimizer, self.optimizer)
-        self.at_close: list[Callable[[], None]] = [unsynchronised(plan.module)]
+        self.at_close: list[Callable[[], None]] = [
+            unsynchronised(plan.module) if plan.shards is None else plan.shards.unsynchronised()
+        ]
         """What else has to be turned back."""
 
     def close(self) -> None:

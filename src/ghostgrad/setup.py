@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 
 from ghostgrad.clipping import AdaptiveClipping, AutomaticClipping, ClipFunction, FlatClipping, PerLayerClipping
-from ghostgrad.distributed import Topology
+from ghostgrad.distributed import Shards, TensorParallel, Topology, fully_sharded_modules, is_split
 from ghostgrad.errors import ConfigurationError, PrivacyError, UnsupportedModuleError, choose
 from ghostgrad.keys import RunKey
 from ghostgrad.layers import find_rule
@@ -80,6 +80,52 @@ def check_ranks(data_loader: DataLoader[Any] | None, topology: Topology) -> None
         raise ConfigurationError(
             f"data_loader=None on {topology.size} ranks: which records each of them takes is not known, so one could count in "
             f"several shares of a step. Give the data_loader; its draws are split between the ranks."
+        )
+
+
+def shards_of(module: nn.Module, topology: Topology) -> Shards | None:
+    """The ranks between which `fully_shard` split the module; None where it did not.
+
+    Raises:
+        ConfigurationError: a way of splitting that is not supported.
+    """
+    if not isinstance(module, nn.Module):
+        return None  # refused by check_module, in its words
+    if any(type(part).__name__ == "FullyShardedDataParallel" for part in module.modules()):
+        raise ConfigurationError(
+            "module is wrapped in FullyShardedDataParallel, which flattens weights so that they cannot be told apart. Use "
+            "torch.distributed.fsdp.fully_shard (FSDP2)."
+        )
+    if not fully_sharded_modules(module):
+        return None
+    shards = Shards(module, topology)
+    known = {p for unit in shards.units for p in unit.parameters}
+    for name, p in module.named_parameters():
+        if is_split(p) and p not in known:
+            raise ConfigurationError(
+                f"{name} is a DTensor that fully_shard did not make (parallelize_module), in a model that fully_shard split. Use "
+                f"one of the two."
+            )
+    return shards
+
+
+def topology_of(module: nn.Module, topology: Topology) -> Topology:
+    """The ranks, or where `parallelize_module` cut weights into slices, ranks that have all records each.
+
+    Raises:
+        ConfigurationError: slices that are not supported.
+    """
+    if not isinstance(module, nn.Module) or fully_sharded_modules(module):
+        return topology
+    return TensorParallel(module) if any(is_split(p) for p in module.parameters()) else topology
+
+
+def check_noise_generator(generator: torch.Generator | None, module: nn.Module) -> None:
+    """Refuse a torch generator where each rank draws a slice of the noise: it cannot draw one slice alone."""
+    if generator is not None and any(is_split(p) for p in module.parameters()):
+        raise ConfigurationError(
+            "noise_generator with a model that is split over ranks: a torch generator draws in order, and each rank needs its "
+            "own slice of the noise. Leave it out; the noise then is a function of the engine's key."
         )
 
 

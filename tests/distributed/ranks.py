@@ -18,8 +18,10 @@ _PATIENCE = 120.0
 """Seconds after which ranks that wait for each other count as hanging."""
 
 
-def on_ranks(size: int, function: Callable[[int], Any]) -> list[Any]:
-    """``function(rank)`` on each rank; what each returned, in order.
+def on_ranks(size: int, function: Callable[[int], Any], *, timeout: float = _PATIENCE / 2) -> list[Any]:
+    """``function(rank)`` on each rank; what each returned, in order; None of one that ended without a word.
+
+    ``timeout`` of the process group is in seconds.
 
     Raises:
         AssertionError: with the tracebacks, if a rank failed or did not end.
@@ -28,7 +30,7 @@ def on_ranks(size: int, function: Callable[[int], Any]) -> list[Any]:
     with tempfile.TemporaryDirectory() as folder:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", DeprecationWarning)  # Python 3.12: forking beside threads
-            ranks = [context.Process(target=_run, args=(folder, size, rank, function)) for rank in range(size)]
+            ranks = [context.Process(target=_run, args=(folder, size, rank, function, timeout)) for rank in range(size)]
             for process in ranks:
                 process.start()
         for process in ranks:
@@ -40,16 +42,15 @@ def on_ranks(size: int, function: Callable[[int], Any]) -> list[Any]:
         failures = [path.read_text() for path in sorted(Path(folder).glob("failure*"))]
         assert not failures, "\n".join(failures)
         assert not hung, f"ranks {hung} did not end"
-        return [torch.load(Path(folder) / f"result{rank}", weights_only=False) for rank in range(size)]
+        paths = [Path(folder) / f"result{rank}" for rank in range(size)]
+        return [torch.load(path, weights_only=False) if path.exists() else None for path in paths]
 
 
-def _run(folder: str, size: int, rank: int, function: Callable[[int], Any]) -> None:
+def _run(folder: str, size: int, rank: int, function: Callable[[int], Any], timeout: float) -> None:
     try:
         torch.set_num_threads(1)
         store = dist.FileStore(f"{folder}/store", size)
-        dist.init_process_group(
-            "gloo", store=store, rank=rank, world_size=size, timeout=timedelta(seconds=_PATIENCE / 2)
-        )
+        dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=timedelta(seconds=timeout))
         torch.save(function(rank), f"{folder}/result{rank}")
     except BaseException:
         Path(f"{folder}/failure{rank}").write_text(f"rank {rank}:\n{traceback.format_exc()}")

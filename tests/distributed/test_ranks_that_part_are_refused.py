@@ -9,9 +9,11 @@ import torch
 import torch.nn.functional as F
 from ranks import on_ranks
 from torch import nn
+from torch.distributed.fsdp import fully_shard
 from torch.utils.data import DataLoader, TensorDataset
 
 from ghostgrad import PrivacyEngine, PrivacyError
+from ghostgrad.distributed import local
 
 
 def skip_a_batch(optimizer: Any, module: nn.Module, step: int) -> bool:
@@ -42,10 +44,12 @@ def accumulate(optimizer: Any, module: nn.Module, step: int) -> bool:
     return False
 
 
-def run(rank: int, difference: Any) -> tuple[str, int]:
+def run(rank: int, difference: Any, *, split: bool = False) -> tuple[str, int]:
     """What the first step that is refused says on this rank, and how many steps were made."""
     torch.manual_seed(0)
     module = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3))
+    if split:
+        fully_shard(module)
     data = TensorDataset(torch.randn(60, 4), torch.randint(3, (60,)))
     engine = PrivacyEngine(seed=0)
     module, optimizer, loader = engine.make_private(
@@ -62,7 +66,7 @@ def run(rank: int, difference: Any) -> tuple[str, int]:
         try:
             optimizer.step()
         except PrivacyError as error:
-            assert all(torch.equal(p, old) for p, old in zip(module.parameters(), before, strict=True))
+            assert all(torch.equal(local(p), local(old)) for p, old in zip(module.parameters(), before, strict=True))
             assert len(engine.accountant) == engine.steps
             return str(error), engine.steps
         optimizer.zero_grad()
@@ -84,3 +88,18 @@ def test_every_rank_raises_before_it_steps(difference: Any, named: str, steps: i
     for said, made in on_ranks(2, lambda rank: run(rank, difference)):
         assert named in said
         assert made == steps
+
+
+@pytest.mark.parametrize(
+    ("difference", "named"),
+    [
+        (another_bound, "max_grad_norm"),
+        (another_noise, "noise_multiplier"),
+        (another_learning_rate, "an option of a param_group"),
+    ],
+)
+def test_split_ranks_raise_before_they_step(difference: Any, named: str) -> None:
+    """Those that go through the model together; where one stays away the others raise at the time-out."""
+    for said, made in on_ranks(2, lambda rank: run(rank, difference, split=True)):
+        assert named in said
+        assert made == 0

@@ -288,7 +288,7 @@ def test_many_parameters_at_once_get_what_each_gets_alone(
     }
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(_box_muller, "_SCRATCH_PAGES", scratch)
-        noise.add_all_(together, std=0.7, step=3)
+        noise.add_all_([(index, tensor, 0) for index, tensor in together.items()], std=0.7, step=3)
     for index, tensor in together.items():
         alone = draw(tensor.numel(), std=0.7, step=3, index=index, dtype=tensor.dtype, noise=noise)
         assert torch.equal(tensor, alone)

@@ -10,6 +10,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from ghostgrad.keys import RunKey
 from ghostgrad.sampling import DPDataLoader
+from ghostgrad.sampling._deliveries import Share
 
 KEY = RunKey.from_seed(21)
 
@@ -100,3 +101,15 @@ def test_length_is_exact_for_own_batches(limit: int, drop_last: bool) -> None:
     user = DataLoader(TensorDataset(torch.arange(61)), batch_size=8, drop_last=drop_last)
     pieces = DPDataLoader.from_data_loader(user, poisson_sampling=False).physical(limit)
     assert sum(1 for _ in pieces) == len(pieces)
+
+
+@given(records=st.integers(0, 40), size=st.integers(1, 5), limit=st.one_of(st.none(), st.integers(1, 9)))
+def test_all_ranks_get_as_many_pieces_and_together_the_batch(records: int, size: int, limit: int | None) -> None:
+    batch = list(range(100, 100 + records))
+    shares = [Share(rank, size).pieces(batch, limit) for rank in range(size)]
+    assert len({len(pieces) for pieces in shares}) == 1
+    assert sorted(record for pieces in shares for piece in pieces for record in piece) == batch
+    for pieces in shares:
+        assert all(limit is None or len(piece) <= limit for piece in pieces)
+        full = [bool(piece) for piece in pieces]
+        assert full == sorted(full, reverse=True)  # empty ones come last

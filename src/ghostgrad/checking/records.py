@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ghostgrad.distributed import is_split
 from ghostgrad.errors import ConfigurationError
 from ghostgrad.recording.proofs import NoDraws
 from ghostgrad.tree import map_tensors, tensors
@@ -65,6 +66,11 @@ class Subject:
 
     def __init__(self, module: nn.Module, loss_fn: LossFunction) -> None:
         self._loss_fn = loss_fn
+        if any(is_split(p) for p in module.parameters()):
+            raise ConfigurationError(
+                "the module is split over ranks (fully_shard, parallelize_module), and a check works on copies in one process. "
+                "Check the model before it is split."
+            )
         try:
             self.module = copy.deepcopy(module)
         except Exception as error:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ghostgrad.clipping.measurement import Seen
+from ghostgrad.distributed import is_split, local
 from ghostgrad.errors import PrivacyError
 from ghostgrad.recording import Delivery, Tape
 
@@ -18,7 +19,7 @@ _BY_HAND = -1
 
 
 class ClippedSum:
-    """Sums in float32 or wider, one for each parameter, and which records are in them.
+    """Sums in float32 or wider, one for each parameter (or this rank's part of it), and which records are in them.
 
     A record may enter a step once. Where the private loader is known, the records that went through the model are counted
     against the records that were handed out, so a batch that is used twice, or did not come from the loader, is refused.
@@ -232,9 +233,9 @@ class ClippedSum:
         """The sum for one parameter, zeros where nothing reached it."""
         found = self._sums.pop(parameter, None)
         if found is not None:
-            return found
+            return found.contiguous() if is_split(parameter) else found
         wide = torch.float64 if parameter.dtype == torch.float64 else torch.float32
-        return torch.zeros(parameter.shape, dtype=wide, device=parameter.device)
+        return torch.zeros(local(parameter).shape, dtype=wide, device=parameter.device)
 
 
 def _most_plausible(mean: float) -> float:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from ghostgrad.clipping.accumulator import ClippedSum
 from ghostgrad.clipping.functions import ClipFunction
 from ghostgrad.clipping.measurement import Seen
+from ghostgrad.distributed import Shards, TensorParallel, Unit
 from ghostgrad.errors import PrivacyError
 from ghostgrad.gradients import Explicit, Use, join
 from ghostgrad.recording import Tape
@@ -42,10 +43,20 @@ class Clipper:
         function: norms to factors.
         total: where the sums of the logical batch add up.
         mode: what is kept between norms and sums.
+        shards: where parameters are split over ranks, these add up each unit's sums at once and keep their own part.
+        slices: where layers are cut into slices, the ranks that hold them, which join their norms.
     """
 
-    def __init__(self, function: ClipFunction, total: ClippedSum, mode: Mode) -> None:
+    def __init__(
+        self,
+        function: ClipFunction,
+        total: ClippedSum,
+        mode: Mode,
+        shards: Shards | None = None,
+        slices: TensorParallel | None = None,
+    ) -> None:
         self.function, self.total, self.mode = function, total, mode
+        self._shards, self._slices = shards, slices
         self.two_passes = mode is Mode.GHOST
         self._shows = mode in (Mode.HOOKS, Mode.FUNCTORCH)
         self.reset()
@@ -60,6 +71,7 @@ class Clipper:
         self._statistic = 0.0
         self._seen: Seen | None = None
         self._sums: dict[nn.Parameter, Tensor] = {}
+        self._parts: dict[nn.Parameter, Tensor] = {}
         self._room = _ROOM
 
     def admit(self, tapes: Sequence[Tape]) -> None:
@@ -94,6 +106,11 @@ class Clipper:
 
     def settle(self, n: int, unit: float = 1.0) -> None:
         """Work out the factors; with one pass the sums too. A record's gradient is ``unit`` times what was measured."""
+        joined = self._find_factors(n, unit) if n else {}
+        if not self.two_passes:
+            self._sum_up(joined)
+
+    def _find_factors(self, n: int, unit: float) -> dict[nn.Parameter, Use]:
         self._unit = unit
         joined = {parameter: join(uses) for parameter, uses in self._uses.items()}
         for parameter, use in joined.items():
@@ -102,6 +119,8 @@ class Clipper:
         self._check_known(parameters)
         self.function.check(len(parameters))
         sq_norms = _columns([self._sq_norms.get(p) for p in parameters], n) * unit**2
+        if self._slices is not None:
+            sq_norms = self._slices.join_norms(sq_norms, parameters)
         self._statistic = self.function.statistic(sq_norms)
         factors = self.function.factors(sq_norms).expand(n, len(parameters))
         self._seen = Seen.of(sq_norms, factors) if self.total.watchers else None
@@ -110,10 +129,19 @@ class Clipper:
             self._finite = finite
         self._factors = _rounded_down(factors, parameters, self._sq_norms)
         self._uses.clear()
-        if not self.two_passes:
-            for parameter, use in joined.items():
-                self._show(parameter, use)
-                self.add(parameter, use)
+        return joined
+
+    def _sum_up(self, joined: dict[nn.Parameter, Use]) -> None:
+        """With one pass: every weight's sum; of split ones a unit at a time, records or none, as all ranks do."""
+        for unit in () if self._shards is None else self._shards.units:
+            self._add_all({p: joined.pop(p) for p in unit.trainable if p in joined})
+            self.hand_over(unit)
+        self._add_all(joined)
+
+    def _add_all(self, uses: Mapping[nn.Parameter, Use]) -> None:
+        for parameter, use in uses.items():
+            self._show(parameter, use)
+            self.add(parameter, use)
 
     def _check_known(self, parameters: Sequence[nn.Parameter]) -> None:
         known = set(parameters)
@@ -136,10 +164,20 @@ class Clipper:
         known = self._sums.get(parameter)
         self._sums[parameter] = part if known is None else known.add_(part)
 
+    def hand_over(self, unit: Unit) -> None:
+        """The unit's sums of this backward are complete on every rank: add them up, and keep this rank's part."""
+        if self._shards is None:
+            return
+        sums = {p: self._sums.pop(p) for p in unit.trainable if p in self._sums}
+        for parameter, part in self._shards.scatter(unit, sums).items():
+            known = self._parts.get(parameter)
+            self._parts[parameter] = part if known is None else known.add_(part)
+
     def commit(self, tapes: Sequence[Tape]) -> None:
         """The backward went well: its sums become part of the step's."""
         dropped = 0 if self._finite is None else int((~self._finite).sum())
-        self.total.add(self._sums, tapes, statistic=self._statistic, dropped=dropped, seen=self._seen)
+        sums = {**self._sums, **self._parts}
+        self.total.add(sums, tapes, statistic=self._statistic, dropped=dropped, seen=self._seen)
 
 
 def _columns(sq_norms: Sequence[Tensor | None], n: int) -> Tensor:

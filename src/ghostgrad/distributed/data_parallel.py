@@ -8,6 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from ghostgrad.distributed.slices import cut_dim, local
+
 
 def inner_module(module: nn.Module) -> nn.Module:
     """The user's own module, if it is wrapped."""
@@ -32,12 +34,19 @@ def unsynchronised(module: nn.Module) -> Callable[[], None]:
 
 
 def facts_of(module: nn.Module) -> dict[str, object]:
-    """What must be the same on all ranks of a model: names, shapes, and the sums of values and of their squares."""
+    """What must be the same on all ranks of a model: names, shapes, and the sums of values and of their squares.
+
+    Of a parameter that is split over the ranks, how it is split: together they hold one, whatever its values.
+    """
 
     def fact(tensor: Tensor) -> object:
-        flat = tensor.detach().double().flatten() if not tensor.is_complex() else torch.view_as_real(tensor).flatten()
+        shape, trains, cut = tuple(tensor.shape), tensor.requires_grad, cut_dim(tensor)
+        if cut is not None:
+            return shape, str(tensor.dtype), trains, f"cut along dimension {cut}"
+        tensor = local(tensor.detach())
+        flat = tensor.double().flatten() if not tensor.is_complex() else torch.view_as_real(tensor).flatten()
         sums = [float(flat.sum()), float(flat.square().sum())] if flat.numel() else []
-        return tuple(tensor.shape), str(tensor.dtype), tensor.requires_grad, repr(sums)
+        return shape, str(tensor.dtype), trains, repr(sums)
 
     tensors = {**dict(module.named_parameters()), **dict(module.named_buffers())}
     return {f"the parameter or buffer {name}": fact(tensor) for name, tensor in tensors.items()}

@@ -23,10 +23,12 @@ class Topology(ABC):
     Attributes:
         rank: the number of this process, from 0.
         size: how many there are.
+        shares_records: whether each takes records of its own, and sums are those of all of them together.
     """
 
     rank: int = 0
     size: int = 1
+    shares_records: bool = True
 
     @contextmanager
     def together(self) -> Iterator[None]:
@@ -50,6 +52,10 @@ class Topology(ABC):
         """Replace each tensor, in place, by its sum over the ranks."""
 
     @abstractmethod
+    def any_of(self, flags: Sequence[bool], device: torch.device) -> list[bool]:
+        """For each flag, whether it is up on any rank; exchanged on ``device``."""
+
+    @abstractmethod
     def collect(self, fact: Fact) -> list[Fact]:
         """The fact of each rank, by rank."""
 
@@ -69,6 +75,9 @@ class Alone(Topology):
 
     def add_up(self, tensors: Sequence[Tensor]) -> None:
         """They are the sums."""
+
+    def any_of(self, flags: Sequence[bool], device: torch.device) -> list[bool]:
+        return list(flags)
 
     def collect(self, fact: Fact) -> list[Fact]:
         return [fact]
@@ -126,6 +135,11 @@ class Ranks(Topology):
             dist.all_reduce(flat)
             for tensor, part in zip(bucket, torch.split(flat, [tensor.numel() for tensor in bucket]), strict=True):
                 tensor.copy_(part.view_as(tensor))
+
+    def any_of(self, flags: Sequence[bool], device: torch.device) -> list[bool]:
+        raised = torch.tensor(list(flags), dtype=torch.uint8, device=device)
+        dist.all_reduce(raised, dist.ReduceOp.MAX)
+        return [bool(flag) for flag in raised.tolist()]
 
     def collect(self, fact: Fact) -> list[Fact]:
         found: list[Any] = [None] * self.size

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -74,19 +74,19 @@ class KeyedGaussian:
         check_request(tensor, std=std, step=step, index=index, offset=offset)
         self._add([(index, tensor, offset)], std=std, step=step)
 
-    def add_all_(self, tensors: Mapping[int, Tensor], *, std: float, step: int) -> None:
-        """Add noise to several parameters in place: `add_` for each, in one go.
+    def add_all_(self, slices: Sequence[tuple[int, Tensor, int]], *, std: float, step: int) -> None:
+        """Add noise to several parameters, or slices of them, in place: `add_` for each, in one go.
 
         Args:
-            tensors: by number of the parameter.
+            slices: ``(index, tensor, offset)`` of each.
             std, step: as in `add_`.
 
         Raises:
             ConfigurationError: as `add_`.
         """
-        for index, tensor in tensors.items():
-            check_request(tensor, std=std, step=step, index=index, offset=0)
-        self._add([(index, tensor, 0) for index, tensor in tensors.items()], std=std, step=step)
+        for index, tensor, offset in slices:
+            check_request(tensor, std=std, step=step, index=index, offset=offset)
+        self._add(slices, std=std, step=step)
 
     @torch.no_grad()
     def _add(self, requests: Sequence[tuple[int, Tensor, int]], *, std: float, step: int) -> None:

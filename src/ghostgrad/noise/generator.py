@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Sequence
 
 import torch
 
@@ -60,7 +60,7 @@ class GeneratorGaussian:
         with torch.no_grad():
             tensor.add_(noise.to(tensor.device), alpha=std)
 
-    def add_all_(self, tensors: Mapping[int, torch.Tensor], *, std: float, step: int) -> None:
-        """`add_` for several parameters, in their order."""
-        for index, tensor in tensors.items():
-            self.add_(tensor, std=std, step=step, index=index)
+    def add_all_(self, slices: Sequence[tuple[int, torch.Tensor, int]], *, std: float, step: int) -> None:
+        """`add_` for each ``(index, tensor, offset)``, in their order."""
+        for index, tensor, offset in slices:
+            self.add_(tensor, std=std, step=step, index=index, offset=offset)

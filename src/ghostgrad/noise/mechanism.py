@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Sequence
 from typing import Protocol
 
 import torch
@@ -25,8 +25,8 @@ class NoiseMechanism(Protocol):
     def add_(self, tensor: torch.Tensor, *, std: float, step: int, index: int, offset: int = 0) -> None:
         """Add ``N(0, std^2)`` to every element of ``tensor``."""
 
-    def add_all_(self, tensors: Mapping[int, torch.Tensor], *, std: float, step: int) -> None:
-        """`add_` for several parameters, by their number."""
+    def add_all_(self, slices: Sequence[tuple[int, torch.Tensor, int]], *, std: float, step: int) -> None:
+        """`add_` for several parameters or slices of them: ``(index, tensor, offset)`` of each."""
 
 
 def check_request(tensor: torch.Tensor, *, std: float, step: int, index: int, offset: int) -> None:

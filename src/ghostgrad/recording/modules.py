@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ghostgrad.distributed import Shards, is_split, local, on_this_rank
 from ghostgrad.errors import PrivacyError, UnsupportedModuleError
+from ghostgrad.gradients import Use
 from ghostgrad.layers import Buffers, Call, Randomness, Rows, Rule
 from ghostgrad.recording.hooks import Hook
 from ghostgrad.recording.places import Observed
-from ghostgrad.recording.plan import Layout, Plan, with_batch
+from ghostgrad.recording.plan import GENERIC, Layout, Plan, with_batch
 from ghostgrad.recording.probe import Probe
 from ghostgrad.recording.tape import Tape
 from ghostgrad.tree import flatten, map_tensors, tensors
@@ -30,10 +33,13 @@ class Modules:
         fired: answers a probe.
         batch_first: whether the root's tensors lead with the batch.
         generic_only: let the generic rule answer for every module.
+        shards: the ranks that hold a share of the parameters each, where `fully_shard` split them.
     """
 
-    def __init__(self, root: nn.Module, fired: Fired, *, batch_first: bool, generic_only: bool) -> None:
-        self.root, self.fired, self.batch_first = root, fired, batch_first
+    def __init__(
+        self, root: nn.Module, fired: Fired, *, batch_first: bool, generic_only: bool, shards: Shards | None = None
+    ) -> None:
+        self.root, self.fired, self.batch_first, self.shards = root, fired, batch_first, shards
         self.plan = Plan(root, generic_only)
         self.proved: set[object] = set()
         """Layouts of calls for which row isolation was shown."""
@@ -98,12 +104,33 @@ class Modules:
         """Row isolation held for these calls; it counts for the modules at which there was a gradient to see."""
         self.proved |= {signature for signature in signatures if (signature[0] or type(self.root).__name__) in shown}
 
+    def uses(self, rule: Rule, call: Call) -> Mapping[str, Use]:
+        """What a call used; of weights that are cut into slices, this rank's slice."""
+        here: dict[str, Any] = {name: local(p) for name, p in call.parameters.items()}
+        with self.paused(), self.whole(rule, call.module):
+            return rule.uses(replace(call, parameters=here))
+
+    def whole(self, rule: Rule, module: nn.Module) -> AbstractContextManager[None]:
+        """What all ranks enter where the rule runs the module again, though weights of its parts are split."""
+        if self.shards is None or rule is not GENERIC or not self.shards.inside(module):
+            return nullcontext()
+        return self.shards.whole(module)
+
+    def take_gradients(self) -> dict[str, Tensor]:
+        """What autograd left in ``p.grad``, by name of the parameter; it is None then. Of one that is split, this rank's part."""
+        found = {} if self.shards is None else self.shards.take_gradients()
+        for name, p in self.root.named_parameters():
+            if p.grad is not None:
+                found[name] = local(p.grad)
+                p.grad = None
+        return found
+
     # ------------------------------------------------------------------ a module's call
 
     def _enter(self, path: str, module: nn.Module) -> None:
         """Switch off the parameters the module answers for, so that autograd does not work out their gradients."""
         claimed: list[nn.Parameter] = []
-        if not self._paused and self.tape is not None and self.tape.n:
+        if not self._paused and self.tape is not None and self.tape.width:
             # One that is off already belongs to an enclosing call, which answers for it.
             claimed = [p for p in self.plan.claims(path, module).values() if p.requires_grad]
         draws = bool(claimed) and self.plan.rule(path, module).draws(module)
@@ -127,7 +154,7 @@ class Modules:
             return None
         randomness, buffers = (None, {}) if began is None else (began[0].until_now(), began[1].changed(module))
         if self.plan.layouts.get(path) is Layout.EXPANDED:
-            args, kwargs, output = map_tensors(lambda t: with_batch(t, tape.n), (args, kwargs, output))
+            args, kwargs, output = map_tensors(lambda t: with_batch(t, tape.width), (args, kwargs, output))
         outs = [leaf for leaf in tensors(output) if leaf.is_floating_point()]
         if not outs:
             return None
@@ -145,7 +172,7 @@ class Modules:
         shown = path or type(module).__name__
         found, rebuild = flatten(inputs)
         keep = tuple(tensor.detach() for tensor in found)
-        rows = self._rows(path, tape.n, shown, keep, outs)
+        rows = self._rows(path, tape.width, shown, keep, outs)
         signature = (path, *_places(rule.rows(module, rows), keep, outs))
         copies = None
         if signature not in self.proved or rule.shuffled(inputs):
@@ -162,8 +189,11 @@ class Modules:
                     f"{shown}: a gradient entered the model other than through what its forward returned (a loss on a value "
                     f"that a module kept, such as an auxiliary loss). Return that value from the root's forward."
                 )
-            args, kwargs = rebuild(kept())
-            call = Call(module, shown, parameters, args, kwargs, grads, copies, rows, *began, precision)
+            arrived: Sequence[Tensor] = kept()
+            if any(is_split(p) for p in parameters.values()):
+                arrived, grads = on_this_rank(shown, module, arrived, grads)
+            args, kwargs = rebuild(arrived)
+            call = Call(module, shown, parameters, args, kwargs, tuple(grads), copies, rows, *began, precision)
             self.fired(tape, rule, call)
 
         return Probe.apply(fired, keep, len(outs), *outs, *parameters.values())  # type: ignore[no-untyped-call]

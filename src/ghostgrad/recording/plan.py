@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import Enum
+from typing import NamedTuple
 
 from torch import Tensor, nn
 
@@ -22,6 +23,14 @@ class Layout(Enum):
     """Where two batches have shown them, or else as in the root's."""
     EXPANDED = "expanded"
     """Nowhere: the same for all records (position embeddings). It is expanded to the batch behind the module."""
+
+
+class Found(NamedTuple):
+    """A plan without the model that it is for."""
+
+    layouts: dict[str, Layout]
+    enclosing: dict[str, tuple[str, ...]]
+    known: Known
 
 
 @dataclass
@@ -46,6 +55,19 @@ class Plan:
         """One that can be changed without this one; what is known of places is to be found again."""
         enclosing = {path: dict(taken) for path, taken in self.enclosing.items()}
         return Plan(self.root, self.generic_only, dict(self.layouts), enclosing)
+
+    def found(self) -> Found:
+        """What can be told to another rank: everything by name."""
+        enclosing = {path: tuple(taken) for path, taken in self.enclosing.items()}
+        return Found(dict(self.layouts), enclosing, self.known)
+
+    def adopt(self, found: Found) -> None:
+        """Take over what another rank found for the same model."""
+        self.layouts, self.known = dict(found.layouts), found.known
+        self.enclosing = {
+            path: {name: self.root.get_submodule(path).get_parameter(name) for name in names}
+            for path, names in found.enclosing.items()
+        }
 
     def rule(self, path: str, module: nn.Module) -> Rule:
         """The rule that answers for a module."""

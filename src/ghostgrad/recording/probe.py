@@ -1,6 +1,7 @@
-"""The two nodes put into the user's graph: a probe behind every call of a module, a boundary behind the root's outputs.
+"""The nodes put into the user's graph: a probe behind every call of a module, a boundary behind the root's outputs, and a gate
+in front of modules whose weights are gathered for their call.
 
-Both are identities. They hand out ``tensor.detach()`` and not a view, so operations in place behind them keep working.
+All are identities. They hand out ``tensor.detach()`` and not a view, so operations in place behind them keep working.
 """
 
 from __future__ import annotations
@@ -37,6 +38,22 @@ class Probe(torch.autograd.Function):
         if any(grad is not None for grad in grads):
             ctx.listener(lambda: ctx.saved_tensors, grads)
         return (None, None, None, *grads, *[None] * ctx.others)
+
+
+class Gate(torch.autograd.Function):
+    """Passes a module's inputs on; its backward says that the gradient has gone through the module."""
+
+    @staticmethod
+    def forward(ctx: Any, passed: Callable[[], None], *tensors: Tensor) -> Any:
+        ctx.passed = passed
+        ctx.set_materialize_grads(False)
+        return tuple(tensor.detach() for tensor in tensors)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor | None) -> Any:
+        ctx.passed()
+        return (None, *grads)
 
 
 class Boundary(torch.autograd.Function):

@@ -16,6 +16,7 @@ from torch.func import functional_call
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from ghostgrad.distributed import local
 from ghostgrad.errors import PrivacyError
 from ghostgrad.layers import Call, Rows, Rule
 from ghostgrad.recording.rows import with_first_replaced, without_first
@@ -260,10 +261,12 @@ class _Constant(TorchDispatchMode):  # type: ignore[no-untyped-call]
 @contextmanager
 def shaken(root: nn.Module) -> Iterator[None]:
     """Moves every parameter a little inside: with a zero-initialised head nothing would show that records meet."""
-    generator = torch.Generator().manual_seed(0)
-    before = [(p, p.detach().clone()) for p in root.parameters() if p.is_floating_point()]
+    generator = torch.Generator()
+    # Of a weight that is split over ranks, this rank's part.
+    before = [(here, here.clone()) for p in root.parameters() if p.is_floating_point() for here in [local(p.detach())]]
     try:
-        for p, value in before:
+        for number, (p, value) in enumerate(before):
+            generator.manual_seed(number)  # the same on all ranks, whatever part of other parameters they hold
             noise = torch.randn(p.shape, generator=generator, dtype=torch.float32).to(p)
             p.data.add_(noise, alpha=0.02 + 0.1 * float(value.abs().mean()) if p.numel() else 0.0)
         yield

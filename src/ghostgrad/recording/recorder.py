@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from enum import Enum, auto
 from typing import Any, Protocol
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import Variable
 
+from ghostgrad.distributed import Shards, TensorParallel, Unit
 from ghostgrad.errors import PrivacyError, UnsupportedModuleError
 from ghostgrad.gradients import Use
 from ghostgrad.layers import Call, Rows, Rule
@@ -23,6 +25,8 @@ from ghostgrad.recording.probe import Boundary
 from ghostgrad.recording.refusals import check_batch_norms, check_same_records
 from ghostgrad.recording.rehearsal import Rehearsal
 from ghostgrad.recording.rows import count_records, no_rows, one_row_of_zeros, rows_of
+from ghostgrad.recording.sharded import Sharded
+from ghostgrad.recording.sliced import Sliced
 from ghostgrad.recording.tape import Delivery, Recording, Tape
 from ghostgrad.tree import flatten, map_tensors, tensors
 
@@ -53,11 +57,14 @@ class Sink(Protocol):
     def settle(self, n: int, unit: float) -> None:
         """All uses are known: work out the factors, and with one pass the sums.
 
-        A record's gradient is ``unit`` times what was measured.
+        A record's gradient is ``unit`` times what was measured. With no records, in step with ranks that have some.
         """
 
     def add(self, parameter: nn.Parameter, use: Use) -> None:
         """Second pass: add a use, weighted by the factors."""
+
+    def hand_over(self, unit: Unit) -> None:
+        """Second pass: the backward has gone through a unit of split parameters, on all ranks."""
 
     def commit(self, tapes: Sequence[Tape]) -> None:
         """Add the sums of this backward to those of the step."""
@@ -88,6 +95,9 @@ class Recorder:
         generic_only: let the generic rule answer for every module (the slow cross-check).
         loss_reduction: ``"mean"`` or ``"sum"`` of the records' losses.
         accumulation_steps: loader batches that make up one logical batch.
+        shards: the ranks that hold a share of the parameters each, where `fully_shard` split them. They gather each layer's
+            weights in its forward and backward, so all of them run as many forwards and backwards, records or none.
+        slices: the ranks that hold slices of the same layers, where `parallelize_module` cut them.
     """
 
     def __init__(
@@ -100,12 +110,17 @@ class Recorder:
         generic_only: bool = False,
         loss_reduction: str = "mean",
         accumulation_steps: int = 1,
+        shards: Shards | None = None,
+        slices: TensorParallel | None = None,
     ) -> None:
         self.root, self.sink, self.delivery = root, sink, delivery
         self.batch_first, self.loss_reduction = batch_first, loss_reduction
         self.losses = LossKnowledge(loss_reduction, accumulation_steps)
         self.observed: dict[str, Observation] = {}
-        self.modules = Modules(root, self._fired, batch_first=batch_first, generic_only=generic_only)
+        self.modules = Modules(root, self._fired, batch_first=batch_first, generic_only=generic_only, shards=shards)
+        self._shards = None if shards is None else Sharded(shards, self.modules, sink)
+        self._slices = None if slices is None else Sliced(slices, self.modules)
+        self._in_step = self._shards or self._slices
         self._rehearsed = False
         self._phase = Phase.MEASURE
         self._keep: Tensor | None = None
@@ -123,8 +138,14 @@ class Recorder:
 
     def attach(self) -> None:
         """Put the hooks on the root and on every module that owns parameters."""
-        self._handles.append(self.root.register_forward_pre_hook(Hook(self._enter_root), with_kwargs=True))
+        # Where weights are gathered in the root's own hooks, these come in between.
+        enter = self.root.register_forward_pre_hook(
+            Hook(self._enter_root), with_kwargs=True, prepend=self._shards is not None
+        )
+        self._handles.append(enter)
         self.modules.attach()
+        if self._shards is not None:
+            self._handles += self._shards.gates()
         leave = self.root.register_forward_hook(Hook(self._leave_root), with_kwargs=True, always_call=True)
         self._handles.append(leave)
         watch.start()
@@ -151,17 +172,19 @@ class Recorder:
         if not recorded:
             return None
         modules.restore()
+        if self._shards is not None:
+            self._shards.recover()
         check_batch_norms(module)
         delivery = self.delivery() if self.delivery else None
         n = count_records(args, kwargs, delivery.records if delivery else None, batch_first=self.batch_first)
-        tape = Tape(n, delivery, rows_of(args, kwargs, n, batch_first=self.batch_first))
+        width = n if self._shards is None else max(n, 1)
+        tape = Tape(n, delivery, width, rows_of(args, kwargs, n, batch_first=self.batch_first))
         self._live.add(tape)
-        if n == 0:
-            modules.tape = tape
-            return one_row_of_zeros((args, kwargs), batch_first=self.batch_first)
         if not self._rehearsed:
             self._rehearse(args, kwargs, n)
         modules.tape = tape
+        if n == 0:
+            return one_row_of_zeros((args, kwargs), batch_first=self.batch_first)
         return self._stand_in(tape, args, kwargs)
 
     def _forget_interrupted(self) -> None:
@@ -173,14 +196,22 @@ class Recorder:
             del self._outer[still:]
 
     def _rehearse(self, args: Any, kwargs: Any, n: int) -> None:
-        """On the first batch: prove that records do not meet, and find how the modules' calls are to be read."""
+        """On the first batch: prove that records do not meet, and find how the modules' calls are to be read.
+
+        A batch of one record cannot show where the records are.
+        """
+        if self._in_step is not None:
+            self._rehearsed = self._in_step.rehearse(lambda: self._rehearse_alone(args, kwargs, n), n)
+        elif n:
+            self._rehearsed = self._rehearse_alone(args, kwargs, n) and n > 1
+
+    def _rehearse_alone(self, args: Any, kwargs: Any, n: int) -> bool:
         self._check_foreign_gradients()
         with proofs.shaken(self.root):
             if n > 1:
                 with self.modules.paused():
                     proofs.check_forward(self.root, args, kwargs, n, batch_first=self.batch_first)
-            done = Rehearsal(self.modules).run(args, kwargs, n)
-        self._rehearsed = done and n > 1  # a batch of one record cannot show where the records are
+            return Rehearsal(self.modules).run(args, kwargs, n)
 
     @staticmethod
     def _stand_in(tape: Tape, args: Any, kwargs: Any) -> Any:
@@ -202,12 +233,20 @@ class Recorder:
         compile_again(uncompiled)
         if tape is None or tape is self.modules.tape or output is None:
             return None
+        if self._in_step is not None:
+            tape.isolate = self._in_step.any_of(bool(tape.unproved) and tape.n > 1)
+        inner = output
         if tape.n == 0:
             output = no_rows(output, batch_first=self.batch_first)
-        leaves = [t for t in tensors(output) if t.is_floating_point() and (t.requires_grad or tape.n == 0)]
-        if not leaves:
+        chosen = [
+            (leaf, out)
+            for leaf, out in zip(tensors(output), tensors(inner), strict=True)
+            if leaf.is_floating_point() and (leaf.requires_grad or tape.n == 0)
+        ]
+        if not chosen:
             return None
-        recording = Recording(tape, leaves)
+        leaves = [leaf for leaf, _ in chosen]
+        recording = Recording(tape, [out if tape.width else leaf for leaf, out in chosen])
         anchor = torch.zeros((), requires_grad=True)
         originals = [original for original, _ in tape.inputs]
         detached = [leaf.detach() for leaf in leaves]
@@ -224,8 +263,13 @@ class Recorder:
     # ------------------------------------------------------------------ backward
 
     def _fired(self, tape: Tape, rule: Rule, call: Call) -> None:
+        if self._phase is Phase.SUM and self._shards is not None:
+            self._shards.note(call.parameters.values())
         if self._phase is Phase.PASS:
             return
+        if not tape.n:
+            with self.modules.whole(rule, call.module):
+                return
         if self._phase is Phase.ISOLATION:
             assert self._keep is not None
             self._linearity.note(call)
@@ -234,15 +278,15 @@ class Recorder:
             return
         if self._phase is Phase.MEASURE:
             self._linearity.check(call)
-        with self.modules.paused():
-            uses = rule.uses(call)
+        uses = self.modules.uses(rule, call)
         routes, kept = {}, {}
-        for name, parameter in call.parameters.items():
+        for name, held in call.parameters.items():
+            parameter = held if self._shards is None else self._shards.owner(held)
             if self._phase is Phase.SUM:
                 self.sink.add(parameter, uses[name])
                 continue
-            tape.calls[parameter] -= 1
-            complete = tape.calls[parameter] == 0 and len(self._live) == 1
+            tape.calls[held] -= 1
+            complete = tape.calls[held] == 0 and len(self._live) == 1
             routes[name], kept[name] = self.sink.measure(parameter, uses[name], complete=complete)
         if routes and call.path not in self.observed:
             self.observed[call.path] = Observation(rule.name, routes, kept)
@@ -262,14 +306,18 @@ class Recorder:
         self._check_foreign_gradients()
         if tape.n:
             self._measure(recording, grads)
+        elif tape.width:
+            self._go_along(recording, grads)
         return self._take_input_grads(tape, self._scale(tape))
 
     def _pass_through(self, recording: Recording, grads: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
         """`torch.autograd.grad` wants gradients of the inputs only: hand them on and record nothing."""
         self.sink.note_pass()
         if recording.tape.n:
-            self._run(recording, Phase.PASS, grads, retain=True)
+            self._run(recording, Phase.PASS, grads, retain=True, passed_on=True)
             self._check_foreign_gradients()
+        elif recording.tape.width:
+            self._run(recording, Phase.PASS, _zeros(recording, grads), retain=True, passed_on=True)
         return self._take_input_grads(recording.tape, 1.0)
 
     @staticmethod
@@ -284,12 +332,14 @@ class Recorder:
         if task != self._round_task or not self._round:
             self._round, self._round_task = [], task
             self.sink.reset()
+            if self._shards is not None:
+                self._shards.recover()
             Variable._execution_engine.queue_callback(self._finish)
         self._round.append(recording)
 
     def _unit(self, tape: Tape) -> float:
         """What an arriving gradient is to be multiplied by, to be the gradient of each record's own loss."""
-        return (tape.n if self.loss_reduction == "mean" else 1.0) / self.losses.scale
+        return (tape.width if self.loss_reduction == "mean" else 1.0) / self.losses.scale
 
     def _scale(self, tape: Tape) -> float:
         """The part of it that the arriving gradients are multiplied by.
@@ -311,24 +361,56 @@ class Recorder:
         recording.grads = [None if grad is None else grad * self._scale(tape) for grad in grads]
         self._linearity = proofs.Linearity()
         if tape.unproved and tape.n > 1:
-            self._shown.clear()
-            for keep in proofs.random_halves(tape.n):
-                self._keep = keep
-                self._linearity.begin()
-                self._run(recording, Phase.ISOLATION, proofs.mask_records(recording.grads, rows, keep), retain=True)
-            self.modules.prove(tape.unproved, self._shown)
-            self._take_input_grads(tape, 1.0)
-            self._linearity.begin()
+            self._isolate(recording, rows)
+        elif tape.isolate:
+            self._pass_twice(recording, _zeros(recording, recording.grads))
         self._run(recording, Phase.MEASURE, recording.grads, retain=self.sink.two_passes)
         self._check_foreign_gradients()
 
-    def _run(self, recording: Recording, phase: Phase, grads: Sequence[Tensor | None], *, retain: bool) -> None:
+    def _isolate(self, recording: Recording, rows: Rows) -> None:
+        """Show that no record's gradient reaches the rows of another."""
+        tape = recording.tape
+        self._shown.clear()
+        for keep in proofs.random_halves(tape.n):
+            self._keep = keep
+            self._linearity.begin()
+            self._run(recording, Phase.ISOLATION, proofs.mask_records(recording.grads, rows, keep), retain=True)
+        self.modules.prove(tape.unproved, self._shown)
+        self._take_input_grads(tape, 1.0)
+        self._linearity.begin()
+
+    def _go_along(self, recording: Recording, grads: tuple[Tensor | None, ...]) -> None:
+        """A rank without records runs backward as often as the others, on zeros: they gather weights together."""
+        recording.grads = _zeros(recording, grads)
+        if recording.tape.isolate:
+            self._pass_twice(recording, recording.grads)
+        self._run(recording, Phase.MEASURE, recording.grads, retain=self.sink.two_passes)
+        self._check_foreign_gradients()
+
+    def _pass_twice(self, recording: Recording, grads: Sequence[Tensor | None]) -> None:
+        """In the time in which other ranks show row isolation."""
+        for _ in range(2):
+            self._run(recording, Phase.PASS, grads, retain=True)
+        self._take_input_grads(recording.tape, 1.0)
+
+    def _run(
+        self,
+        recording: Recording,
+        phase: Phase,
+        grads: Sequence[Tensor | None],
+        *,
+        retain: bool,
+        passed_on: bool = False,
+    ) -> None:
+        """One backward through the model. ``retain`` its graph for another one, of ours or (``passed_on``) of the user's."""
         arrived = [(out, grad) for out, grad in zip(recording.outputs, grads, strict=True) if grad is not None]
         modules = self.modules
         outer, modules.tape, self._phase = modules.tape, recording.tape, phase
         compiling = leave_uncompiled(True)  # checkpointed parts are run again
+        again = retain and not passed_on
         try:
-            watch.original([out for out, _ in arrived], [grad for _, grad in arrived], retain_graph=retain)
+            with nullcontext() if self._shards is None else self._shards.passing(again=again):
+                watch.original([out for out, _ in arrived], [grad for _, grad in arrived], retain_graph=retain)
         finally:
             compile_again(compiling)
             modules.tape, self._phase = outer, Phase.MEASURE
@@ -341,26 +423,25 @@ class Recorder:
             self._check_foreign_gradients()
             self.sink.admit(tapes)
             check_same_records(tapes)
-            if tapes[0].n:
+            if tapes[0].width:
                 self.sink.settle(tapes[0].n, self._unit(tapes[0]) / self._scale(tapes[0]))
                 if self.sink.two_passes:
                     for recording in recordings:
                         self._run(recording, Phase.SUM, recording.grads, retain=False)
+                if self._shards is not None:
+                    self._shards.hand_over_rest()
             self.sink.commit(tapes)
         finally:
             self.sink.reset()
+            if self._shards is not None:
+                self._shards.recover()
             for recording in recordings:
                 self._live.discard(recording.tape)
                 recording.outputs, recording.grads = [], []
 
     def _check_foreign_gradients(self) -> None:
         """Nothing but the clipper may produce a gradient of a parameter; while it works ``p.grad`` stays None."""
-        found = {name: p.grad for name, p in self.root.named_parameters() if p.grad is not None}
-        if not found:
-            return
-        for p in self.root.parameters():
-            p.grad = None
-        for name, grad in found.items():
+        for name, grad in self.modules.take_gradients().items():
             if bool(grad.count_nonzero()):
                 raise PrivacyError(
                     f"{name} received a gradient that did not pass through a call of the module that owns it, so it cannot be "
@@ -368,3 +449,11 @@ class Recorder:
                     f"earlier backward was not cleared (call optimizer.zero_grad()). Call the module itself, and use the "
                     f"optimizer's weight_decay for a penalty."
                 )
+
+
+def _zeros(recording: Recording, grads: Sequence[Tensor | None]) -> list[Tensor | None]:
+    """No gradient, at the outputs at which one arrived."""
+    return [
+        None if grad is None or not out.requires_grad else torch.zeros_like(out)
+        for out, grad in zip(recording.outputs, grads, strict=True)
+    ]

@@ -165,19 +165,16 @@ class Rehearsal:
             if self._keep is not None:
                 proofs.check_call(rule, call, self._keep)
             else:
-                with self._modules.paused():
-                    rule.uses(call)
+                self._modules.uses(rule, call)
         except ConfigurationError:
             raise  # a registered rule that does not do what it owes: no other reading helps
         except GhostgradError as error:
             self._problems.append(_Problem(path, error))
 
     def _note_foreign_gradients(self) -> None:
-        for name, p in self._root.named_parameters():
-            if p.grad is None:
-                continue
+        for name, grad in self._modules.take_gradients().items():
             path, _, local = name.rpartition(".")
-            if bool(p.grad.count_nonzero()) and not any(
+            if bool(grad.count_nonzero()) and not any(
                 local in (problem.names or ()) and problem.path == path for problem in self._problems
             ):
                 error = PrivacyError(
@@ -185,7 +182,6 @@ class Rehearsal:
                     f"Call the module itself."
                 )
                 self._problems.append(_Problem(path, error, frozenset({local})))
-            p.grad = None
 
     # ------------------------------------------------------------------ the next reading
 

@@ -25,21 +25,29 @@ class Tape:
 
     Attributes:
         n: the records in it.
+        width: the rows that run as records: those, or one of zeros where ranks go through their layers in step.
         delivery: which batch of the private loader it belongs to; None without such a loader.
         rows: the first of the root's inputs that holds the records, to compare forwards that are joined in one backward.
         inputs: the root's inputs that require grad, and the leaves that stood in for them inside.
         calls: how many probes of each parameter have not fired yet.
         unproved: the layouts of calls that row isolation was not shown for yet.
+        isolate: whether some rank has to show row isolation in the backward.
         done: whether its backward ran; it can run once.
     """
 
     n: int
     delivery: Delivery | None
+    width: int = field(default=-1)
     rows: Tensor | None = None
     inputs: list[tuple[Tensor, Tensor]] = field(default_factory=list)
     calls: Counter[nn.Parameter] = field(default_factory=Counter)
     unproved: set[Any] = field(default_factory=set)
+    isolate: bool = False
     done: bool = False
+
+    def __post_init__(self) -> None:
+        if self.width < 0:
+            self.width = self.n
 
 
 @dataclass

@@ -47,38 +47,40 @@ class OwnBatches:
         return self._first_record
 
 
+@dataclass(frozen=True)
 class Share:
-    """One rank's share of another source's batches: every ``size``-th record of each, so shares may be empty.
+    """One rank's share of every batch: every ``size``-th record of it, so shares may be empty.
 
-    All ranks draw the same batches from one key; together their shares are one draw, and every rank has as many batches.
+    All ranks draw the same batches from one key; together their shares are one draw. Every rank has as many batches, and as
+    many pieces of each as the rank with most records: ranks that gather weights together run the model equally often.
     """
 
-    def __init__(self, source: BatchSource, rank: int, size: int) -> None:
-        self.source, self.rank, self.size = source, rank, size
+    rank: int = 0
+    size: int = 1
 
-    def begin(self) -> tuple[int, Iterator[list[int]]]:
-        epoch, batches = self.source.begin()
-        return epoch, (batch[self.rank :: self.size] for batch in batches)
+    def pieces(self, batch: list[int], limit: int | None) -> list[list[int]]:
+        """The share, in pieces of at most ``limit`` records; an empty batch is one empty piece, so no batch is lost.
 
-    def first_record(self) -> int:
-        return self.source.first_record()
+        >>> Share(1, 2).pieces([10, 11, 12, 13, 14], 1)
+        [[11], [13], []]
+        """
+        mine, longest = batch[self.rank :: self.size], -(-len(batch) // self.size)
+        if limit is None:
+            return [mine]
+        return [mine[start : start + limit] for start in range(0, max(longest, 1), limit)]
 
 
-def deliveries(batches: Iterator[list[int]], group: int, limit: int | None) -> Iterator[Delivery]:
-    """Join every ``group`` index lists to one logical batch and cut each list to pieces of at most ``limit`` records.
+def deliveries(
+    batches: Iterator[list[int]], group: int, limit: int | None, share: Share = Share()
+) -> Iterator[Delivery]:
+    """Join every ``group`` index lists to one logical batch and cut this rank's share of each list to pieces.
 
-    The last group of a pass may be shorter. An empty list is one empty piece, so no logical batch is lost.
+    The last group of a pass may be shorter.
     """
     while parts := list(islice(batches, group)):
-        pieces = [piece for part in parts for piece in _cut(part, limit)]
+        pieces = [piece for part in parts for piece in share.pieces(part, limit)]
         for number, piece in enumerate(pieces):
             yield Delivery(piece, opens=number == 0, last=number == len(pieces) - 1)
-
-
-def _cut(part: list[int], limit: int | None) -> list[list[int]]:
-    if limit is None or not part:
-        return [part]
-    return [part[start : start + limit] for start in range(0, len(part), limit)]
 
 
 class IndexStream(Sampler[list[int]]):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -62,18 +62,18 @@ class Plan:
     poisson_sampling: bool
     num_records: int
     servable: Servable | None = None  # of the user's own batches
-    ranks: int = 1
+    share: Share = field(default_factory=Share)
 
     def pieces(self, limit: int) -> int:
         """Expected number of pieces of at most ``limit`` records in a pass; exact for the user's own batches."""
         if self.servable is not None:
             return pieces_of_own_batches(self.servable, limit)
-        rate = self.sample_rate / self.accumulation_steps / self.ranks
+        rate = self.sample_rate / self.accumulation_steps / self.share.size
         return pieces_of_poisson_batches(self.parts, self.num_records, rate, limit)
 
-    def share(self, rank: int, size: int) -> Plan:
+    def shared(self, rank: int, size: int) -> Plan:
         """The same batches, of which this rank hands out its share."""
-        return replace(self, source=Share(self.source, rank, size), ranks=size)
+        return replace(self, share=Share(rank, size))
 
 
 def key_from(generator: torch.Generator | None) -> RunKey:

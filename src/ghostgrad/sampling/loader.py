@@ -161,7 +161,7 @@ class DPDataLoader(DataLoader[T_co]):
         else:
             plan = own_plan(loader, servable, sample_rate, accumulation_steps)
         if ranks > 1:
-            plan = plan.share(rank, ranks)
+            plan = plan.shared(rank, ranks)
         private: DPDataLoader[T_co] = cls.__new__(cls)
         private._open(loader.dataset, plan, Fetching.of(loader), Feed(), None)
         return private
@@ -244,7 +244,7 @@ class DPDataLoader(DataLoader[T_co]):
 
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
         epoch, batches = self._plan.source.begin()
-        stream = IndexStream(deliveries(batches, self.accumulation_steps, self._limit))
+        stream = IndexStream(deliveries(batches, self.accumulation_steps, self._limit, self._plan.share))
         self._current.stream = stream
         return self._hand_out(epoch, stream, super().__iter__())
 
