@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from typing import Any
@@ -34,8 +34,9 @@ def noise_scaled(factor: float) -> AbstractContextManager[Any]:
 def noise_missing_on_the_last_parameter() -> AbstractContextManager[Any]:
     """All parameters but the last get their noise."""
 
-    def add_all(self: KeyedGaussian, tensors: Mapping[int, Tensor], *, std: float, step: int) -> None:
-        _add(self, [(i, t, 0) for i, t in tensors.items() if i != max(tensors)], std=std, step=step)
+    def add_all(self: KeyedGaussian, slices: Sequence[tuple[int, Tensor, int]], *, std: float, step: int) -> None:
+        last = max(index for index, *_ in slices)
+        _add(self, [piece for piece in slices if piece[0] != last], std=std, step=step)
 
     return patch.object(KeyedGaussian, "add_all_", add_all)
 

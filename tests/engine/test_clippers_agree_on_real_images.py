@@ -35,12 +35,20 @@ def digits() -> tuple[TensorDataset, Tensor, Tensor]:
     return TensorDataset(x[pick].view(-1, 1, 28, 28), y[pick]), test_x[held].view(-1, 1, 28, 28), test_y[held]
 
 
-def train(dataset: TensorDataset, mode: str, noise: float, limit: int | None, accumulation_steps: int) -> nn.Module:
+def network(dtype: torch.dtype) -> nn.Module:
+    """With kinks in float64; in float32 without, since the last bit can put an activation on the other side of a kink."""
+    kinks = dtype == torch.float64
+    return nn.Sequential(
+        nn.Conv2d(1, 8, 5, stride=2), nn.GroupNorm(2, 8), nn.ReLU(inplace=True) if kinks else nn.Tanh(),
+        nn.MaxPool2d(2) if kinks else nn.AvgPool2d(2), nn.Flatten(), nn.Linear(288, 10),
+    ).to(dtype)  # fmt: skip
+
+
+def train(
+    dataset: TensorDataset, mode: str, noise: float, limit: int | None, accumulation_steps: int, dtype: torch.dtype
+) -> nn.Module:
     torch.manual_seed(0)
-    model = nn.Sequential(
-        nn.Conv2d(1, 8, 5, stride=2), nn.GroupNorm(2, 8), nn.ReLU(inplace=True), nn.MaxPool2d(2), nn.Flatten(),
-        nn.Linear(288, 10),
-    )  # fmt: skip
+    model = network(dtype)
     model, optimizer, loader = PrivacyEngine(seed=1).make_private(
         module=model, optimizer=torch.optim.SGD(model.parameters(), lr=1.0), data_loader=DataLoader(dataset, batch_size=80),
         noise_multiplier=noise, max_grad_norm=1.0, grad_sample_mode=mode, accumulation_steps=accumulation_steps,
@@ -52,25 +60,27 @@ def train(dataset: TensorDataset, mode: str, noise: float, limit: int | None, ac
         with manager as batches:
             for x, y in batches:
                 optimizer.zero_grad()
-                F.cross_entropy(model(x), y).backward()
+                F.cross_entropy(model(x.to(dtype)), y).backward()
                 optimizer.step()
     return model
 
 
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-9), (torch.float32, 1e-5)])
 @pytest.mark.parametrize("noise", [0.0, 1.0])
 @pytest.mark.parametrize("accumulation_steps", [1, 2])
 def test_clippers_and_physical_batches_train_one_model(
-    digits: tuple[TensorDataset, Tensor, Tensor], noise: float, accumulation_steps: int
-) -> None:
+    digits: tuple[TensorDataset, Tensor, Tensor], noise: float, accumulation_steps: int, dtype: torch.dtype,
+    tolerance: float,
+) -> None:  # fmt: skip
     dataset, x, y = digits
     results = {}
     for mode, limit in itertools.product(MODES, (None, 33)):
-        model = train(dataset, mode, noise, limit, accumulation_steps)
+        model = train(dataset, mode, noise, limit, accumulation_steps, dtype)
         with torch.no_grad():
-            accuracy = (model.eval()(x).argmax(1) == y).double().mean().item()
+            accuracy = (model.eval()(x.to(dtype)).argmax(1) == y).double().mean().item()
         results[mode, limit] = accuracy, torch.cat([p.detach().flatten() for p in model.parameters()])
     accuracy, reference = results["hooks", None]
     assert accuracy > (0.75 if noise == 0 else 0.3)
     for other, parameters in results.values():
         assert other == accuracy
-        assert (parameters - reference).norm() <= 1e-4 * reference.norm()
+        assert (parameters - reference).norm() <= tolerance * reference.norm()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Literal
@@ -53,9 +53,9 @@ class _WithCanaries:
     def add_(self, tensor: Tensor, *, std: float, step: int, index: int, offset: int = 0) -> None:
         self.inner.add_(tensor, std=std, step=step, index=index, offset=offset)
 
-    def add_all_(self, tensors: Mapping[int, Tensor], *, std: float, step: int) -> None:
-        self._add(tensors)
-        self.inner.add_all_(tensors, std=std, step=step)
+    def add_all_(self, slices: Sequence[tuple[int, Tensor, int]], *, std: float, step: int) -> None:
+        self._add({index: whole for index, whole, _ in slices})  # in one process no parameter is cut
+        self.inner.add_all_(slices, std=std, step=step)
 
 
 class GradientCanaries:
