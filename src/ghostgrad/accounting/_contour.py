@@ -30,6 +30,8 @@ Complex = NDArray[np.complex128]
 _SLACK = 32.0  # natural log of the relative size of what is left out
 _MOST_NODES = 4096
 _DIGITS = 14.0  # natural log of the cancellation allowed: 6 digits of 16
+_FEW = 32
+"""Longer grids of frequencies are evenly spaced."""
 _S_GRID = np.geomspace(1e-3, 1e4, 160)
 
 
@@ -78,6 +80,25 @@ def _weights(x: Array, power: float, rate: float, sigma: float) -> tuple[Array, 
     return value, log, density, power * log + density
 
 
+def _turned(y: Array, log: Array, weight: Array) -> Complex:
+    """``sum(weight (exp(i y log) - 1))`` for every ``y``; many are multiples of the second, ``0, y_1, 2 y_1, ...``.
+
+    With ``k = a b + c`` these are products: ``exp(i (a b + c) t) - 1 = u v + u + v`` for ``u = exp(i a b t) - 1`` and
+    ``v = exp(i c t) - 1``, so that sines are taken of a square root as many angles and the rest is one matrix product.
+    """
+
+    def chord(angles: Array) -> Complex:
+        half = np.sin(0.5 * angles)
+        return np.asarray(-2.0 * half * half + 1j * np.sin(angles), dtype=np.complex128)  # no digits cancel near 0
+
+    if len(y) <= _FEW:
+        return np.asarray(chord(np.multiply.outer(y, log)) @ weight, dtype=np.complex128)
+    block = math.isqrt(len(y)) + 1
+    fine, coarse = chord(np.multiply.outer(y[:block], log)), chord(np.multiply.outer(y[::block], log))
+    total = (coarse * weight) @ fine.T + (coarse @ weight)[:, None] + (fine @ weight)[None, :]
+    return np.asarray(total.reshape(-1)[: len(y)], dtype=np.complex128)
+
+
 def _log_characteristic(power: float, y: Array, sign: float, rate: float, sigma: float, steps: Steps) -> Complex | None:
     """``log E[(1 + q u)^(power + i sign y)]`` for every ``y``; ``None`` where it overflows or needs too many nodes."""
     x = _grid(power, sigma, float(np.abs(y).max()), steps.width, steps.cut)
@@ -91,11 +112,8 @@ def _log_characteristic(power: float, y: Array, sign: float, rate: float, sigma:
     keep = tilted > tilted.max() - 48.0
     if keep.sum() * len(y) > 2_000_000:
         return None
-    half = np.multiply.outer(sign * y / 2.0, log[keep])
-    weight = np.exp(tilted[keep])
-    sine = np.sin(half)
-    re = real - 2.0 * ((sine * sine) @ weight)
-    im = 2.0 * ((sine * np.cos(half)) @ weight)
+    turned = _turned(sign * y, log[keep], np.exp(tilted[keep]))
+    re, im = real + turned.real, turned.imag
     square = np.maximum(re * (2.0 + re) + im * im, -1.0 + 1e-16)  # |1 + re + i im|^2 - 1, kept off log 0
     return np.asarray(0.5 * np.log1p(square) + 1j * np.arctan2(im, 1.0 + re))
 
