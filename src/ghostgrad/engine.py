@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import os
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -10,18 +11,21 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 
-from ghostgrad import checking, setup
+from ghostgrad import checking, checkpoint, setup, state
 from ghostgrad.accounting import Accountant, create_accountant, get_noise_multiplier
 from ghostgrad.clipping import ClipFunction, Mode, trainable
 from ghostgrad.distributed import Topology, current
 from ghostgrad.errors import ConfigurationError, choose
 from ghostgrad.explanation import Explanation, explain
+from ghostgrad.journal import Journal
 from ghostgrad.keys import RunKey
 from ghostgrad.noise import GeneratorGaussian, KeyedGaussian, NoiseMechanism
+from ghostgrad.random_states import set_global_states
 from ghostgrad.recording.criterion import check_criterion, watched
 from ghostgrad.schedulers import Schedule, value_at
 from ghostgrad.session import Session, SessionPlan
 from ghostgrad.spending import Budget
+from ghostgrad.spent import Spent
 from ghostgrad.validation import ModuleValidator
 
 GradSampleMode = Literal["auto", "hooks", "functorch", "ghost", "bk"]
@@ -81,6 +85,7 @@ class PrivacyEngine:
                 f"seed={seed} with secure_mode=True: noise that a seed determines is not secret. Leave the seed out."
             )
         self._accountant = create_accountant(accountant)
+        self._spent = Spent(self._accountant)
         self.secure_mode = secure_mode
         self._key = RunKey.from_os() if seed is None else RunKey.from_seed(seed)
         self._seed_mark = b"" if seed is None else self._key.derive("mark")
@@ -172,11 +177,11 @@ class PrivacyEngine:
             )
             plan = SessionPlan(
                 module, optimizer, loader, function, mode, noise, noise_multiplier, rate, size, batch_first,
-                loss_reduction, schedule, topology,
+                loss_reduction, schedule, topology, self._opened,
             )  # fmt: skip
         topology.agree({"the seed of the engine": self._seed_mark, **plan.facts()})
         # Everything was checked; from here on things change.
-        session = Session(plan, self.accountant, self._budget)
+        session = Session(plan, self.accountant, self._budget, Journal(self._spent))
         self._sessions.append(session)
         self._opened += 1
         if plan.spending.guarantee not in self._guarantees:
@@ -314,9 +319,7 @@ class PrivacyEngine:
     @property
     def steps(self) -> int:
         """Logical steps made so far."""
-        return sum(session.optimizer.steps for session in self._sessions) + self._closed_steps
-
-    _closed_steps = 0
+        return self._spent.steps
 
     @property
     def grad_sample_mode(self) -> str:
@@ -403,6 +406,127 @@ class PrivacyEngine:
             print(report)
         return report
 
+    # ------------------------------------------------------------------ stopping and going on
+
+    def state_dict(self, *, keep_key: bool = True) -> dict[str, Any]:
+        """Everything but the model and the optimizer, for checkpoints of your own; `save_checkpoint` saves all together.
+
+        Plain values and tensors: ``torch.load(weights_only=True)`` reads them. It has what was spent, the place in the pass and
+        in the logical batch, the sum so far, schedules and adaptive clipping, the plan, and the key.
+
+        **The key is secret.** With it and the released parameters anyone can subtract the noise; and a sum in the middle of a
+        logical batch has no noise yet. Keep the state as you keep the data. With ``keep_key=False`` nothing secret is in it:
+        a resumed training then draws new batches and new noise, and begins an unfinished logical batch again.
+
+        Args:
+            keep_key: save the key and what only it needs, so that a resumed training is the uninterrupted one bit for bit.
+
+        Raises:
+            PrivacyError: a batch of the loader went through a backward in part.
+            CheckpointError: several ranks in the middle of a logical batch.
+        """
+        setup.check_flags(keep_key=keep_key)
+        return state.state_of(self, keep_key=keep_key)
+
+    def load_state_dict(
+        self, state_dict: Mapping[str, Any], *, fresh_key: bool = False, acknowledge: Collection[str] = ()
+    ) -> None:
+        """Go on from what `state_dict` returned; call `make_private` first, as in the training that was saved.
+
+        With the key in the state, and nothing released by this engine yet, the training goes on bit for bit: what was released
+        after the state was saved is released again, the same. That needs the same data, code and machine. Where something is
+        known to differ the key is not used again. What differs is an error, or named in ``acknowledge``; then, as with
+        ``fresh_key=True``, batches and noise are drawn from a new key and nothing that was spent is forgotten.
+
+        Args:
+            state_dict: from this version of ghostgrad.
+            fresh_key: do not use the key in the state.
+            acknowledge: the parts of the plan that may differ, by the names that the error gives.
+
+        Raises:
+            CheckpointError: damaged, or of another plan; nothing was changed.
+            ConfigurationError: another number of private trainings.
+        """
+        setup.check_flags(fresh_key=fresh_key)
+        topology = self._ranks()
+        with topology.together():
+            resumption = state.checked(self, state_dict, fresh_key=fresh_key, acknowledge=acknowledge)
+        topology.agree({"the state that is loaded": (resumption.state["mark"], resumption.exact)})
+        resumption.apply(topology.share_key(resumption.key))
+
+    def save_checkpoint(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        module: nn.Module,
+        optimizer: checkpoint.Stateful,
+        extra: Mapping[str, checkpoint.Stateful] | None = None,
+        keep_key: bool = True,
+    ) -> None:
+        """Save all that this training needs to go on, in one file, at any point of the loop.
+
+        The file is written whole or not at all, with a checksum, readable by its owner alone (mode 0600). It has the module,
+        the optimizer, what is in ``extra``, the global random states (dropout), and `state_dict`.
+
+        **By default it holds the key and, between logical steps, a sum without noise: it is as secret as the data.** To publish
+        or hand on a model, save the module alone, or use ``keep_key=False``.
+
+        On several ranks every rank calls this, right after a logical step, and rank 0 writes.
+
+        Args:
+            path: of the file; one that is there is replaced.
+            module, optimizer: what `make_private` returned.
+            extra: by name, anything else with ``state_dict`` and ``load_state_dict``: learning-rate schedulers, averages.
+            keep_key: as in `state_dict`.
+
+        Raises:
+            CheckpointError: it could not be written; an old one is as it was.
+            ConfigurationError: a state that could not be loaded again.
+        """
+        setup.check_flags(keep_key=keep_key)
+        topology = self._ranks()
+        with topology.together():
+            content = checkpoint.gather(self.state_dict(keep_key=keep_key), module, optimizer, extra or {})
+            if topology.rank == 0:
+                checkpoint.write(path, content)
+        topology.agree({})
+
+    def load_checkpoint(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        module: nn.Module,
+        optimizer: checkpoint.Stateful,
+        extra: Mapping[str, checkpoint.Stateful] | None = None,
+        fresh_key: bool = False,
+        acknowledge: Collection[str] = (),
+    ) -> None:
+        """Go on from what `save_checkpoint` wrote; call `make_private` first, as in the run that was saved.
+
+        Then iterate over the loader as before: it goes on in the middle of the pass, ``loader.completed_passes`` says which one
+        it is. When the training is the uninterrupted one bit for bit, and what a difference leads to, is said at
+        `load_state_dict`. All is checked before anything is changed.
+
+        Args:
+            path: of the file.
+            module, optimizer, extra: as for `save_checkpoint`, in their first state.
+            fresh_key, acknowledge: as for `load_state_dict`.
+
+        Raises:
+            CheckpointError: damaged, or of another plan; nothing was changed.
+            ConfigurationError: another number of private trainings.
+        """
+        setup.check_flags(fresh_key=fresh_key)
+        topology = self._ranks()
+        with topology.together():
+            content = checkpoint.read(path)
+            checkpoint.check(content, module, optimizer, extra or {})
+            state.checked(self, content["engine"], fresh_key=fresh_key, acknowledge=acknowledge)
+            checkpoint.restore(content, module, optimizer, extra or {})
+        topology.agree({})
+        self.load_state_dict(content["engine"], fresh_key=fresh_key, acknowledge=acknowledge)
+        set_global_states(content["random"])
+
     def __repr__(self) -> str:
         return (
             f"PrivacyEngine(accountant={self.accountant.mechanism!r}, secure_mode={self.secure_mode}, "
@@ -449,7 +573,6 @@ class PrivacyEngine:
     def detach(self) -> None:
         """End private training: hooks go, the original optimizers step again. What was spent stays spent."""
         for session in self._sessions:
-            self._closed_steps += session.optimizer.steps
             session.close()
         self._sessions.clear()
 

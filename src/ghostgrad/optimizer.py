@@ -14,10 +14,12 @@ from ghostgrad.accounting import Accountant
 from ghostgrad.clipping import ClipFunction, ClippedSum, trainable
 from ghostgrad.distributed import Alone, Topology
 from ghostgrad.errors import ConfigurationError, PrivacyError
+from ghostgrad.journal import Journal
 from ghostgrad.noise import NoiseMechanism
 from ghostgrad.recording.scalers import scalers
 from ghostgrad.schedulers import Schedule, value_at
 from ghostgrad.spending import Budget, Spending
+from ghostgrad.spent import Spent
 
 _OWN_RELEASE = 1 << 30
 """The noise address of what the clip function releases; parameters are counted from 0."""
@@ -59,6 +61,7 @@ class DPOptimizer(Optimizer):
         budget: Budget | None = None,
         bound_schedule: Callable[[int], float] | None = None,
         topology: Topology | None = None,
+        journal: Journal | None = None,
     ) -> None:
         self.original_optimizer = optimizer
         # Optimizer.__init__ would take the parameters over; __setstate__ only gives this object its hooks.
@@ -68,6 +71,7 @@ class DPOptimizer(Optimizer):
         self.loss_reduction, self.accountant, self.spending, self.budget = loss_reduction, accountant, spending, budget
         self.bound_schedule = bound_schedule
         self.topology = topology or Alone()
+        self.journal = journal or Journal(Spent(accountant))
         self.steps = 0
         """Logical steps made."""
         self.noise_step = 0
@@ -110,7 +114,7 @@ class DPOptimizer(Optimizer):
         """
         raise PrivacyError(
             "a DPOptimizer is not copied or pickled: the copy would release the same clipped sum and draw the same noise without "
-            "being accounted. Save optimizer.state_dict(), engine.accountant.state_dict() and the model's state_dict."
+            "being accounted. Use engine.save_checkpoint, or save engine.state_dict(), optimizer.state_dict() and the model's."
         )
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -209,17 +213,20 @@ class DPOptimizer(Optimizer):
         draws, statistic = self._over_ranks(noise_multiplier)
         epochs = set(self.total.epochs)
         releases = self.spending.releases(noise_multiplier, draws, epochs)
+        self.journal.open(p for group in self.param_groups for p in group["params"])
         if self.budget is not None:
             self.budget.check(releases)
         # Noted first: a crash from here on leaves the ledger above what was released, never below.
         for sigma, rate, steps in releases:
             self.accountant.step(noise_multiplier=sigma, sample_rate=rate, steps=steps)
         self.spending.note(noise_multiplier, epochs)
+        self.noise.follow(repr(self._step_facts(noise_multiplier)))
         self.noise_step += 1
         size = self.expected_batch_size * max(1, draws)
         self._write_gradients(noise_multiplier, size)
         self._update_clip_function(noise_multiplier, size, statistic)
         self.total.close()
+        self.journal.close()
         self.steps += 1
         if self.bound_schedule is not None:
             self.clip_function.rebound(value_at(self.bound_schedule, self.steps, "max_grad_norm"))
@@ -247,8 +254,12 @@ class DPOptimizer(Optimizer):
         return len(set().union(*(draws for _, draws, _ in found))), math.fsum(statistic for *_, statistic in found)
 
     def _step_facts(self, noise_multiplier: float) -> dict[str, object]:
-        """What ranks compare in every step."""
-        groups = [{**group, "params": [p.requires_grad for p in group["params"]]} for group in self.param_groups]
+        """What ranks compare in every step, and what its noise is bound to."""
+        groups = [
+            {name: _plain(value) for name, value in group.items() if name != "params"}
+            | {"params": [p.requires_grad for p in group["params"]]}
+            for group in self.param_groups
+        ]
         return {
             "the draws since the last step": self.total.span,
             "noise_multiplier": noise_multiplier,
@@ -329,6 +340,12 @@ class DPOptimizer(Optimizer):
             f"max_grad_norm={self.max_grad_norm}, noise_multiplier={self.noise_multiplier}, "
             f"expected_batch_size={self.expected_batch_size:g})"
         )
+
+
+def _plain(value: Any) -> Any:
+    """A number that is the same before and after it was saved, whatever type it had."""
+    number = isinstance(value, (int, float)) or (isinstance(value, Tensor) and value.numel() == 1)
+    return float(value) if number and not isinstance(value, bool) else value
 
 
 def _towards_zero(value: Tensor, dtype: torch.dtype) -> Tensor:

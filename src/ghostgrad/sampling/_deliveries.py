@@ -5,10 +5,23 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from itertools import islice
-from typing import Protocol
+from itertools import count, islice
+from typing import NamedTuple, Protocol
 
 from torch.utils.data import BatchSampler, Sampler
+
+from ghostgrad.keys import RunKey
+
+
+class Place(NamedTuple):
+    """A place in a pass: behind ``step`` logical batches, and in the next behind ``part`` parts and ``records`` records."""
+
+    step: int = 0
+    part: int = 0
+    records: int = 0
+
+
+START = Place()
 
 
 @dataclass(frozen=True)
@@ -18,13 +31,19 @@ class Delivery:
     indices: list[int] = field(repr=False)  # drawn indices are secret
     opens: bool
     last: bool
+    place: Place  # behind it
 
 
 class BatchSource(Protocol):
     """Index lists, pass by pass."""
 
-    def begin(self) -> tuple[int, Iterator[list[int]]]:
-        """The number of a new pass and its index lists."""
+    epoch: int
+
+    def begin(self, skip: int = 0) -> tuple[int, Iterator[list[int]]]:
+        """The number of a new pass and its index lists, without the first ``skip`` of them."""
+
+    def rekey(self, key: RunKey) -> None:
+        """Draw from another key, where draws are made from one."""
 
     def first_record(self) -> int:
         """One index that may come."""
@@ -38,10 +57,13 @@ class OwnBatches:
         self.epoch = 0
         self._first_record = first_record
 
-    def begin(self) -> tuple[int, Iterator[list[int]]]:
+    def begin(self, skip: int = 0) -> tuple[int, Iterator[list[int]]]:
         epoch = self.epoch
         self.epoch += 1
-        return epoch, iter(self.batch_sampler)
+        return epoch, islice(self.batch_sampler, skip, None)
+
+    def rekey(self, key: RunKey) -> None:
+        """The user's own generators draw."""
 
     def first_record(self) -> int:
         return self._first_record
@@ -56,29 +78,56 @@ class Share:
     def __init__(self, source: BatchSource, rank: int, size: int) -> None:
         self.source, self.rank, self.size = source, rank, size
 
-    def begin(self) -> tuple[int, Iterator[list[int]]]:
-        epoch, batches = self.source.begin()
+    @property
+    def epoch(self) -> int:
+        return self.source.epoch
+
+    @epoch.setter
+    def epoch(self, epoch: int) -> None:
+        self.source.epoch = epoch
+
+    def rekey(self, key: RunKey) -> None:
+        self.source.rekey(key)
+
+    def begin(self, skip: int = 0) -> tuple[int, Iterator[list[int]]]:
+        epoch, batches = self.source.begin(skip)
         return epoch, (batch[self.rank :: self.size] for batch in batches)
 
     def first_record(self) -> int:
         return self.source.first_record()
 
 
-def deliveries(batches: Iterator[list[int]], group: int, limit: int | None) -> Iterator[Delivery]:
+def deliveries(batches: Iterator[list[int]], group: int, limit: int | None, start: Place = START) -> Iterator[Delivery]:
     """Join every ``group`` index lists to one logical batch and cut each list to pieces of at most ``limit`` records.
 
-    The last group of a pass may be shorter. An empty list is one empty piece, so no logical batch is lost.
+    The last group of a pass may be shorter. An empty list is one empty piece, so no logical batch is lost. ``batches`` begin
+    with logical batch ``start.step`` of the pass; what lies before ``start`` in it is left out.
     """
-    while parts := list(islice(batches, group)):
-        pieces = [piece for part in parts for piece in _cut(part, limit)]
-        for number, piece in enumerate(pieces):
-            yield Delivery(piece, opens=number == 0, last=number == len(pieces) - 1)
+    for step in count(start.step):
+        parts = list(islice(batches, group))
+        if not parts:
+            return
+        within = start if step == start.step else Place(step)
+        pieces = [
+            (records, Place(step, part + done, 0 if done else behind))
+            for part, indices in enumerate(parts)
+            if part >= within.part
+            for records, behind, done in _cut(indices, limit, within.records if part == within.part else 0)
+        ]
+        for number, (records, place) in enumerate(pieces):
+            opens = number == 0 and not (within.part or within.records)
+            last = number == len(pieces) - 1
+            yield Delivery(records, opens=opens, last=last, place=Place(step + 1) if last else place)
 
 
-def _cut(part: list[int], limit: int | None) -> list[list[int]]:
-    if limit is None or not part:
-        return [part]
-    return [part[start : start + limit] for start in range(0, len(part), limit)]
+def _cut(part: list[int], limit: int | None, start: int) -> list[tuple[list[int], int, bool]]:
+    """Pieces from record ``start`` on, with the place behind each, and whether it is the end of the part."""
+    if not part:
+        return [(part, 0, True)]
+    size = len(part) if limit is None else limit
+    return [
+        (part[first : first + size], first + size, first + size >= len(part)) for first in range(start, len(part), size)
+    ]
 
 
 class IndexStream(Sampler[list[int]]):
