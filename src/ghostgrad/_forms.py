@@ -23,6 +23,11 @@ def is_count(value: Any) -> bool:
     return is_int(value) and value >= 0
 
 
+def is_positive(value: Any) -> bool:
+    """A whole number of a sensible size, at least 1."""
+    return is_int(value) and value >= 1
+
+
 def is_number(value: Any) -> bool:
     """A finite number."""
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)

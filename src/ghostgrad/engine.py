@@ -12,11 +12,13 @@ from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 
 from ghostgrad import checking, checkpoint, setup, state
-from ghostgrad.accounting import Accountant, create_accountant, get_noise_multiplier
+from ghostgrad.accounting import Accountant, Ledger, create_accountant, get_noise_multiplier
+from ghostgrad.accounting.base import fresh
 from ghostgrad.clipping import ClipFunction, Mode, trainable
 from ghostgrad.distributed import Topology, current
 from ghostgrad.errors import ConfigurationError, choose
 from ghostgrad.explanation import Explanation, explain
+from ghostgrad.inheritance import open_ledger
 from ghostgrad.journal import Journal
 from ghostgrad.keys import RunKey
 from ghostgrad.noise import GeneratorGaussian, KeyedGaussian, NoiseMechanism
@@ -47,9 +49,13 @@ class PrivacyEngine:
             against floating-point attacks. Needs ``pip install ghostgrad[secure]``. Default False.
         seed: makes sampling and noise reproducible, for tests and comparisons: whoever knows it can subtract the noise.
             Default None takes a fresh key from the operating system.
+        ledger: a file in which every step is written down, and synced, before the parameters change; a file that is there is
+            continued, and what it says was spent counts. ``python -m ghostgrad.ledger FILE`` verifies it. With several ranks
+            rank 0 writes. Default None.
 
     Raises:
         ConfigurationError: unknown accountant, or a seed with ``secure_mode``.
+        LedgerError: the ledger file is in use, was tampered with, or cannot be written.
 
     >>> import torch
     >>> from torch.utils.data import DataLoader, TensorDataset
@@ -75,7 +81,11 @@ class PrivacyEngine:
     """
 
     def __init__(
-        self, accountant: str | Accountant = "rdp", secure_mode: bool = False, seed: int | None = None
+        self,
+        accountant: str | Accountant = "rdp",
+        secure_mode: bool = False,
+        seed: int | None = None,
+        ledger: str | os.PathLike[str] | None = None,
     ) -> None:
         setup.check_flags(secure_mode=secure_mode)
         if seed is not None and (isinstance(seed, bool) or not isinstance(seed, int)):
@@ -94,6 +104,9 @@ class PrivacyEngine:
         self._opened = 0
         self._guarantees: list[str] = []
         self._budget: Budget | None = None
+        self._writes_ledger = ledger is not None
+        self._ledger = None if ledger is None else open_ledger(ledger, self._spent, current())
+        self._inherited = self._spent.accountant.ledger.steps if self._writes_ledger else 0
 
     # ------------------------------------------------------------------ making private
 
@@ -181,7 +194,7 @@ class PrivacyEngine:
             )  # fmt: skip
         topology.agree({"the seed of the engine": self._seed_mark, **plan.facts()})
         # Everything was checked; from here on things change.
-        session = Session(plan, self.accountant, self._budget, Journal(self._spent))
+        session = Session(plan, self.accountant, self._budget, self._journal(plan))
         self._sessions.append(session)
         self._opened += 1
         if plan.spending.guarantee not in self._guarantees:
@@ -243,7 +256,7 @@ class PrivacyEngine:
         True
         """
         with self._ranks().together():
-            if len(self.accountant):
+            if len(self.accountant) > self._inherited:
                 raise ConfigurationError(
                     f"this engine has already spent {len(self.accountant)} releases; a target for a new training needs a new "
                     f"PrivacyEngine."
@@ -259,12 +272,15 @@ class PrivacyEngine:
             )
             rate, _ = setup.public_sizes(rehearsal, sample_rate, expected_batch_size, accumulation_steps)
             rate, releases = setup.planned_releases(rehearsal, rate, epochs=epochs, total_steps=total_steps)
+            # A resumed training is planned as it was at first; what its ledger file says was spent counts in the budget.
+            unspent = fresh(self.accountant)
+            unspent.ledger = Ledger()
             noise_multiplier = get_noise_multiplier(
                 target_epsilon=target_epsilon,
                 target_delta=target_delta,
                 sample_rate=rate,
                 steps=releases,
-                accountant=self.accountant,
+                accountant=unspent,
             )
         result = self.make_private(
             module=module, optimizer=optimizer, data_loader=data_loader, noise_multiplier=noise_multiplier,
@@ -283,6 +299,12 @@ class PrivacyEngine:
         if not self._shared:
             self._key, self._shared = topology.share_key(self._key), topology.size > 1
         return topology
+
+    def _journal(self, plan: SessionPlan) -> Journal:
+        return Journal(
+            self._spent, self._ledger, plan.topology, number=plan.number, relation=plan.spending.guarantee,
+            settings={"max_grad_norm": plan.bound, "clipping": plan.function.name, "sample_rate": plan.sample_rate},
+        )  # fmt: skip
 
     def _noise(self, key: RunKey, generator: torch.Generator | None) -> NoiseMechanism:
         if generator is None:
@@ -315,6 +337,11 @@ class PrivacyEngine:
     def accountant(self) -> Accountant:
         """What was released so far. It cannot be replaced: private optimizers report to it."""
         return self._accountant
+
+    @property
+    def ledger_head(self) -> str | None:
+        """The hash of the last line of the ledger file: kept elsewhere, it shows later whether lines were cut off."""
+        return None if self._ledger is None else self._ledger.head
 
     @property
     def steps(self) -> int:
@@ -452,7 +479,7 @@ class PrivacyEngine:
         with topology.together():
             resumption = state.checked(self, state_dict, fresh_key=fresh_key, acknowledge=acknowledge)
         topology.agree({"the state that is loaded": (resumption.state["mark"], resumption.exact)})
-        resumption.apply(topology.share_key(resumption.key))
+        resumption.apply(topology.share_key(resumption.key), topology.collect(resumption.made())[0])
 
     def save_checkpoint(
         self,

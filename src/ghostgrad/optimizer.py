@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 from ghostgrad.accounting import Accountant
 from ghostgrad.clipping import ClipFunction, ClippedSum, trainable
 from ghostgrad.distributed import Alone, Topology
-from ghostgrad.errors import ConfigurationError, PrivacyError
+from ghostgrad.errors import ConfigurationError, GhostgradError, PrivacyError
 from ghostgrad.journal import Journal
 from ghostgrad.noise import NoiseMechanism
 from ghostgrad.recording.scalers import scalers
@@ -71,7 +71,7 @@ class DPOptimizer(Optimizer):
         self.loss_reduction, self.accountant, self.spending, self.budget = loss_reduction, accountant, spending, budget
         self.bound_schedule = bound_schedule
         self.topology = topology or Alone()
-        self.journal = journal or Journal(Spent(accountant))
+        self.journal = journal or Journal(Spent(accountant), None, self.topology)
         self.steps = 0
         """Logical steps made."""
         self.noise_step = 0
@@ -159,13 +159,16 @@ class DPOptimizer(Optimizer):
         While the physical batches of a logical batch are still coming in the sum is kept, so a loop that clears after
         every physical batch trains on all of them.
         """
+        self._drop_gradients()
+        self.total.clear_for_zero_grad()
+
+    def _drop_gradients(self) -> None:
         for group in self.param_groups:
             for p in group["params"]:
                 p.grad = None
                 if hasattr(p, "grad_sample"):
                     del p.grad_sample
         self._written.clear()
-        self.total.clear_for_zero_grad()
 
     def discard_partial(self) -> None:
         """Drop the sum of a logical batch that was left in the middle."""
@@ -213,20 +216,24 @@ class DPOptimizer(Optimizer):
         draws, statistic = self._over_ranks(noise_multiplier)
         epochs = set(self.total.epochs)
         releases = self.spending.releases(noise_multiplier, draws, epochs)
-        self.journal.open(p for group in self.param_groups for p in group["params"])
-        if self.budget is not None:
+        again = self.journal.open((p for group in self.param_groups for p in group["params"]), self.noise_step + 1)
+        if self.budget is not None and not again:
             self.budget.check(releases)
         # Noted first: a crash from here on leaves the ledger above what was released, never below.
-        for sigma, rate, steps in releases:
-            self.accountant.step(noise_multiplier=sigma, sample_rate=rate, steps=steps)
+        self.journal.note(self.accountant, [] if again else releases)
         self.spending.note(noise_multiplier, epochs)
         self.noise.follow(repr(self._step_facts(noise_multiplier)))
         self.noise_step += 1
         size = self.expected_batch_size * max(1, draws)
         self._write_gradients(noise_multiplier, size)
+        try:
+            self.journal.close(releases, self._written.values(), self.noise_step)
+        except GhostgradError:
+            self.total.close()
+            self._drop_gradients()
+            raise
         self._update_clip_function(noise_multiplier, size, statistic)
         self.total.close()
-        self.journal.close()
         self.steps += 1
         if self.bound_schedule is not None:
             self.clip_function.rebound(value_at(self.bound_schedule, self.steps, "max_grad_norm"))

@@ -33,6 +33,8 @@ class Spent:
         """The run that goes on."""
         self.steps = 0
         """Logical steps made, of all runs."""
+        self.written = 0
+        """How many releases of the ledger are in the ledger file."""
         self._closed: list[Span] = []
 
     @property

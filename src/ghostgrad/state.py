@@ -14,8 +14,10 @@ from ghostgrad.accounting import Ledger
 from ghostgrad.distributed import inner_module
 from ghostgrad.errors import CheckpointError, ConfigurationError, choose
 from ghostgrad.fingerprint import differences, fingerprint
+from ghostgrad.inheritance import missing_from, place_in, releases_made
 from ghostgrad.journal import digest
 from ghostgrad.keys import RunKey
+from ghostgrad.ledger import LedgerFile
 from ghostgrad.noise import GeneratorGaussian
 from ghostgrad.random_states import GLOBAL_STATES
 from ghostgrad.session import Session
@@ -35,6 +37,8 @@ class Holder(Protocol):
     _guarantees: list[str]
     _budget: Budget | None
     _spent: Spent
+    _ledger: LedgerFile | None
+    _writes_ledger: bool
 
 
 # ---------------------------------------------------------------------- saving
@@ -60,6 +64,7 @@ def state_of(engine: Holder, *, keep_key: bool) -> dict[str, Any]:
         "accountant": spent.accountant.ledger.state_dict(),
         "opened": engine._opened,
         "guarantees": list(engine._guarantees),
+        "ledger": place_in(engine._ledger),
         "plan": _engine_plan(engine),
         "trainings": [_training(session, secrets=keep_key) for session in engine._sessions],
     }
@@ -139,6 +144,7 @@ _STATE = {
     "seeded": forms.is_bool, "run": forms.is_text, "steps": forms.is_count,
     "spans": [forms.row(forms.is_text, forms.is_count, forms.is_count)], "accountant": forms.is_table,
     "opened": forms.is_count, "guarantees": [forms.is_text],
+    "ledger": forms.optional({"id": forms.is_text, "lines": forms.is_positive, "head": forms.is_text}),
     "plan": {"secure_mode": forms.is_bool, "budget": forms.optional(forms.row(forms.is_number, forms.is_number))},
     "trainings": [_TRAINING],
 }  # fmt: skip
@@ -147,7 +153,7 @@ _NOTHING = {"sums": {}, "statistic": 0.0, "rows": [], "last": None, "logical_bat
 """What is in the sum of a logical batch that is begun again."""
 
 FACTS = (
-    "secure_mode", "budget", "max_grad_norm", "noise_multiplier", "sample_rate", "expected_batch_size", "clipping",
+    "secure_mode", "budget", "ledger", "max_grad_norm", "noise_multiplier", "sample_rate", "expected_batch_size", "clipping",
     "grad_sample_mode", "rules", "batch_first", "loss_reduction", "noise", "optimizer", "parameters", "torch",
     *_WHICH_RECORDS,
 )  # fmt: skip
@@ -174,8 +180,12 @@ class Resumption:
     key: RunKey
     exact: bool
 
-    def apply(self, key: RunKey) -> None:
-        """Take the state over, with the key that all ranks go on with."""
+    def made(self) -> dict[int, dict[int, str]]:
+        """By the ledger file, what was released; where it was after the state was saved, it will be again, the same."""
+        return releases_made(self.engine._ledger, self.state["run"]) if self.exact else {}
+
+    def apply(self, key: RunKey, made: Mapping[int, Mapping[int, str]]) -> None:
+        """Take the state over, with the key that all ranks go on with, and what its run has released."""
         engine, saved, spent = self.engine, self.state, self.engine._spent
         engine._key = key
         engine._opened = max(engine._opened, saved["opened"])
@@ -184,6 +194,7 @@ class Resumption:
         spent.continue_run(saved["run"] if self.exact else new_run())
         for session, training, differ in zip(engine._sessions, saved["trainings"], self.differ, strict=True):
             session.rekey(key)
+            session.optimizer.journal.made = dict(made.get(training["number"], {}))
             self._restore(session, training, differ)
 
     def _restore(self, session: Session, training: Mapping[str, Any], differ: Mapping[str, str]) -> None:
@@ -237,6 +248,9 @@ def checked(engine: Holder, saved: Any, *, fresh_key: bool, acknowledge: Collect
         )
         for session, training in zip(sessions, trainings, strict=True)
     ]
+    # Only rank 0 holds the file; where it differs there, no rank goes on.
+    lost = missing_from(engine._ledger, saved["ledger"]) if engine._ledger or not engine._writes_ledger else None
+    differ = [{**one, **({"ledger": lost} if lost else {})} for one in differ]
     _refuse({name: words for one in differ for name, words in one.items()}, acknowledge)
     for session, training, one in zip(sessions, trainings, differ, strict=True):
         _check_training(session, training, one)

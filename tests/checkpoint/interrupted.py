@@ -6,6 +6,7 @@ import contextlib
 import multiprocessing
 import os
 import random
+import shutil
 import signal
 import time
 import traceback
@@ -196,6 +197,8 @@ def uninterrupted(folder: Path, settings: Settings) -> dict[str, Any]:
         training = Training(folder, settings)
         training.save()
         training.path.rename(folder / "first")
+        if settings.ledger:
+            shutil.copy(folder / "run.jsonl", folder / "first.jsonl")
         training.run(lambda *_: None)
         torch.save(training.outcome(), folder / "outcome")
 
@@ -207,7 +210,9 @@ def interrupted(
     folder: Path, settings: Settings, first: Path, kills: int, dice: random.Random, *, most: int = 60
 ) -> dict[str, Any]:
     """Train to the end from ``first``, killed on the way and resumed from the last checkpoint each time."""
-    (folder / "checkpoint").write_bytes(first.read_bytes())
+    shutil.copy(first, folder / "checkpoint")
+    if settings.ledger:
+        shutil.copy(first.with_name("first.jsonl"), folder / "run.jsonl")
     for life in range(kills + 1):
         saves = {dice.randrange(most) for _ in range(4)}
         end = dice.randrange(most) if life < kills else None

@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 from interrupted import Settings, equal, interrupted, releases, uninterrupted
 
+from ghostgrad.ledger import read_ledger
+
 SETTINGS = {
     "bk": Settings(mode="bk"),
     "ghost": Settings(mode="ghost", optimizer="momentum"),
@@ -21,9 +23,10 @@ SETTINGS = {
 }
 
 
+@pytest.mark.parametrize("ledger", [False, True])
 @pytest.mark.parametrize("name", SETTINGS)
-def test_the_end_is_that_of_the_uninterrupted_training(name: str, tmp_path: Path) -> None:
-    settings = replace(SETTINGS[name], ledger=False)
+def test_the_end_is_that_of_the_uninterrupted_training(name: str, ledger: bool, tmp_path: Path) -> None:
+    settings = replace(SETTINGS[name], ledger=ledger)
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     whole.mkdir()
     parts.mkdir()
@@ -33,3 +36,5 @@ def test_the_end_is_that_of_the_uninterrupted_training(name: str, tmp_path: Path
         assert equal(found[part], expected[part]), part
     assert all(len(sums) == 1 for sums in releases(parts / "releases").values())
     assert len(releases(parts / "releases")) == expected["steps"]
+    if ledger:
+        assert read_ledger(parts / "run.jsonl").ledger == read_ledger(whole / "run.jsonl").ledger
