@@ -12,6 +12,7 @@ import io
 import os
 import pickle
 import tempfile
+import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any, BinaryIO, Protocol, cast
@@ -102,7 +103,9 @@ def read(path: str | os.PathLike[str]) -> dict[str, Any]:
                     f"{path} is damaged: its content does not have the checksum that it was written with. Load an older one."
                 )
             rest = cast(IO[bytes], _Rest(file, _HEADER))
-            content = torch.load(rest, map_location="cpu", weights_only=True)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # torch warns of strange content, which is refused below
+                content = torch.load(rest, map_location="cpu", weights_only=True)
     except OSError as error:
         raise CheckpointError(f"the checkpoint {path} could not be read ({error}).") from error
     except (RuntimeError, pickle.UnpicklingError, EOFError, KeyError, ValueError, TypeError, AttributeError) as error:

@@ -229,10 +229,9 @@ def checked(engine: Holder, saved: Any, *, fresh_key: bool, acknowledge: Collect
         CheckpointError: it is damaged, of another version, or of another plan.
         ConfigurationError: the engine has not made as many trainings private, or an acknowledged name is not known.
     """
-    if not isinstance(saved, Mapping) or saved.get("format") != FORMAT or saved.get("version") != VERSION:
-        found = saved.get("format") if isinstance(saved, Mapping) else type(saved).__name__
+    if not isinstance(saved, Mapping) or repr(saved.get("format")) != repr(FORMAT) or repr(saved.get("version")) != "1":
         raise CheckpointError(
-            f"this is not an engine's state of version {VERSION} (found {found!r:.40}); pass what engine.state_dict() returned."
+            f"this is not an engine's state of version {VERSION}; pass what engine.state_dict() of this version returned."
         )
     forms.require(saved, _STATE)
     trainings, sessions = saved["trainings"], engine._sessions
@@ -259,6 +258,9 @@ def checked(engine: Holder, saved: Any, *, fresh_key: bool, acknowledge: Collect
     released = any(session.optimizer.noise_step for session in sessions)
     known = stored or own
     exact = known is not None and all(training["noise"] for training in trainings)
+    exact = exact and all(
+        one["number"] == session.plan.number for session, one in zip(sessions, trainings, strict=True)
+    )
     exact = exact and not (fresh_key or any(differ) or released)
     _check_generators(sessions, trainings, exact=exact, released=released)
     key = known if exact and known else _new_key(engine, differ, used=own is not None or released)

@@ -207,8 +207,8 @@ def _events(plain: Any, known: dict[str, Event]) -> Iterator[tuple[Event, int]]:
         words = repr(event)
         if words not in known:
             known[words] = event_from_json(event)
-        Ledger().append(known[words], _count(count))
-        yield known[words], count
+            Ledger().append(known[words])  # refuses what no accountant could read
+        yield known[words], _count(count)
 
 
 def _count(value: Any) -> int:
