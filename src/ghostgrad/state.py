@@ -97,7 +97,7 @@ def _training(session: Session, *, secrets: bool) -> dict[str, Any]:
         "noise": session.plan.noise.state_dict() if secrets or _is_keyed(session) else {},
         "spending": optimizer.spending.state_dict(),
         "sum": total.state_dict(_names(session), secrets=secrets),
-        "loader": None if loader is None else loader.state_dict(consumed=total.consumed, secrets=secrets),
+        "loader": None if loader is None else loader.where(consumed=total.consumed, secrets=secrets),
         "parameters": digest(session.parameters),
     }
 
@@ -219,7 +219,7 @@ class Resumption:
         if loader is not None:
             other = any(name in differ for name in _WHICH_RECORDS)
             place = {**training["loader"], "pass": None} if other else training["loader"]
-            loader.load_state_dict(place, draws_anew=not self.exact)
+            loader.go_on_from(place, draws_anew=not self.exact)
 
 
 def checked(engine: Holder, saved: Any, *, fresh_key: bool, acknowledge: Collection[str]) -> Resumption:
@@ -287,7 +287,7 @@ def _check_training(session: Session, training: Mapping[str, Any], differ: Mappi
     if (training["loader"] is None) != (session.loader is None):
         raise CheckpointError("the state has a loader where the training has none, or the other way round.")
     if session.loader is not None:
-        session.loader.check_state(training["loader"])
+        session.loader.check_where(training["loader"])
     constant = not callable(session.optimizer.noise_multiplier)
     if constant != (training["noise_multiplier"] is not None) and "noise_multiplier" not in differ:
         raise CheckpointError("the state has a noise_multiplier where a schedule gives it, or none where it is needed.")

@@ -296,8 +296,10 @@ class DPDataLoader(DataLoader[T_co]):
         """Where a pass that was resumed has no batches left, let the next iteration be a new one."""
         self._passes.finish(self.steps_per_epoch)
 
-    def state_dict(self, *, consumed: bool = True, secrets: bool = True) -> dict[str, Any]:
+    def where(self, *, consumed: bool = True, secrets: bool = True) -> dict[str, Any]:
         """Where the consumer is, as plain values: which pass, how far in it, and the state of the generators.
+
+        Not named ``state_dict``: trainers would save it, secrets and all, and restore it a second time.
 
         Args:
             consumed: False hands out the piece that is held once more.
@@ -305,12 +307,12 @@ class DPDataLoader(DataLoader[T_co]):
         """
         return self._passes.state_dict(consumed=consumed, secrets=secrets)
 
-    def check_state(self, state: Mapping[str, Any]) -> None:
-        """Raise what `load_state_dict` would raise, and change nothing."""
+    def check_where(self, state: Mapping[str, Any]) -> None:
+        """Raise what `go_on_from` would raise, and change nothing."""
         self._passes.check(state)
 
-    def load_state_dict(self, state: Mapping[str, Any], *, draws_anew: bool = False) -> None:
-        """Go on from what `state_dict` returned: the next iteration is the rest of the pass that was under way.
+    def go_on_from(self, state: Mapping[str, Any], *, draws_anew: bool = False) -> None:
+        """Go on from what `where` returned: the next iteration is the rest of the pass that was under way.
 
         Args:
             draws_anew: begin a logical batch that was coming in again, because it is drawn with another key.
