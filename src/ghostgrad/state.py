@@ -201,6 +201,8 @@ class Resumption:
         optimizer, loader = session.optimizer, session.loader
         optimizer.zero_grad()
         optimizer.steps = training["steps"]
+        # Torch's schedulers warn if they step first, as they do where a checkpoint was saved at the end of a pass.
+        optimizer._opt_called = training["steps"] > 0  # type: ignore[attr-defined]
         if not callable(optimizer.noise_multiplier) and "noise_multiplier" not in differ:
             optimizer.noise_multiplier = training["noise_multiplier"]
         if "expected_batch_size" not in differ:
