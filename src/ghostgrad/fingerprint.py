@@ -74,7 +74,7 @@ def _rule(module: torch.nn.Module, mode: Mode) -> str:
 def differences(saved: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, str]:
     """The facts that differ, each with both values in words."""
     found = {}
-    for name in sorted({*saved, *now}):
+    for name in sorted({*saved, *now}, key=str):
         if not _same(saved.get(name), now.get(name)):
             found[name] = _in_words(saved.get(name), now.get(name))
     return found

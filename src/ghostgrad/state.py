@@ -335,7 +335,7 @@ def _check_generators(
 def _ledger(saved: Mapping[str, Any]) -> Ledger:
     try:
         ledger = Ledger.from_state_dict(saved["accountant"])
-    except ConfigurationError as error:
+    except (ConfigurationError, ArithmeticError, LookupError, RuntimeError, TypeError, ValueError) as error:
         raise CheckpointError(f"the ledger in the state cannot be read: {error!s:.300}") from error
     spans = saved["spans"]
     if sum(span[1] for span in spans) != ledger.steps or sum(span[2] for span in spans) != saved["steps"]:
