@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import os
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -10,7 +11,7 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader, Dataset
 
-from ghostgrad import checking, setup
+from ghostgrad import checking, checkpoint, setup, state
 from ghostgrad.accounting import Accountant, Ledger, create_accountant, get_noise_multiplier
 from ghostgrad.accounting.base import fresh
 from ghostgrad.audit import AuditResult, audit_training
@@ -19,8 +20,11 @@ from ghostgrad.clipping import ClipFunction, Mode, trainable
 from ghostgrad.distributed import Topology, current
 from ghostgrad.errors import ConfigurationError, choose
 from ghostgrad.explanation import Explanation, explain
+from ghostgrad.inheritance import open_ledger
+from ghostgrad.journal import Journal
 from ghostgrad.keys import RunKey
 from ghostgrad.noise import GeneratorGaussian, KeyedGaussian, NoiseMechanism
+from ghostgrad.random_states import set_global_states
 from ghostgrad.recording.criterion import check_criterion, watched
 from ghostgrad.report import PrivacyReport
 from ghostgrad.report.making import DEFAULT_DELTAS, make_report
@@ -28,6 +32,7 @@ from ghostgrad.report.training import seen_of_records, training_facts
 from ghostgrad.schedulers import Schedule, value_at
 from ghostgrad.session import Session, SessionPlan
 from ghostgrad.spending import Budget
+from ghostgrad.spent import Spent
 from ghostgrad.validation import ModuleValidator
 
 GradSampleMode = Literal["auto", "hooks", "functorch", "ghost", "bk"]
@@ -49,9 +54,13 @@ class PrivacyEngine:
             against floating-point attacks. Needs ``pip install ghostgrad[secure]``. Default False.
         seed: makes sampling and noise reproducible, for tests and comparisons: whoever knows it can subtract the noise.
             Default None takes a fresh key from the operating system.
+        ledger: a file in which every step is written down, and synced, before the parameters change; a file that is there is
+            continued, and what it says was spent counts. ``python -m ghostgrad.ledger FILE`` verifies it. With several ranks
+            rank 0 writes. Default None.
 
     Raises:
         ConfigurationError: unknown accountant, or a seed with ``secure_mode``.
+        LedgerError: the ledger file is in use, was tampered with, or cannot be written.
 
     >>> import torch
     >>> from torch.utils.data import DataLoader, TensorDataset
@@ -77,7 +86,11 @@ class PrivacyEngine:
     """
 
     def __init__(
-        self, accountant: str | Accountant = "rdp", secure_mode: bool = False, seed: int | None = None
+        self,
+        accountant: str | Accountant = "rdp",
+        secure_mode: bool = False,
+        seed: int | None = None,
+        ledger: str | os.PathLike[str] | None = None,
     ) -> None:
         setup.check_flags(secure_mode=secure_mode)
         if seed is not None and (isinstance(seed, bool) or not isinstance(seed, int)):
@@ -87,6 +100,7 @@ class PrivacyEngine:
                 f"seed={seed} with secure_mode=True: noise that a seed determines is not secret. Leave the seed out."
             )
         self._accountant = create_accountant(accountant)
+        self._spent = Spent(self._accountant)
         self.secure_mode = secure_mode
         self._key = RunKey.from_os() if seed is None else RunKey.from_seed(seed)
         self._seed_mark = b"" if seed is None else self._key.derive("mark")
@@ -96,6 +110,9 @@ class PrivacyEngine:
         self._guarantees: list[str] = []
         self._budget: Budget | None = None
         self._ended: list[dict[str, Any]] = []
+        self._writes_ledger = ledger is not None
+        self._ledger = None if ledger is None else open_ledger(ledger, self._spent, current())
+        self._inherited = self._spent.accountant.ledger.steps if self._writes_ledger else 0
 
     # ------------------------------------------------------------------ making private
 
@@ -183,11 +200,11 @@ class PrivacyEngine:
             )
             plan = SessionPlan(
                 module, optimizer, loader, function, mode, noise, noise_multiplier, rate, size, batch_first,
-                loss_reduction, schedule, layout, shards,
+                loss_reduction, schedule, layout, shards, self._opened,
             )  # fmt: skip
         topology.agree({"the seed of the engine": self._seed_mark, **plan.facts()})
         # Everything was checked; from here on things change.
-        session = Session(plan, self.accountant, self._budget)
+        session = Session(plan, self.accountant, self._budget, self._journal(plan))
         self._sessions.append(session)
         self._opened += 1
         if plan.spending.guarantee not in self._guarantees:
@@ -249,7 +266,7 @@ class PrivacyEngine:
         True
         """
         with self._ranks().together():
-            if len(self.accountant):
+            if len(self.accountant) > self._inherited:
                 raise ConfigurationError(
                     f"this engine has already spent {len(self.accountant)} releases; a target for a new training needs a new "
                     f"PrivacyEngine."
@@ -265,12 +282,15 @@ class PrivacyEngine:
             )
             rate, _ = setup.public_sizes(rehearsal, sample_rate, expected_batch_size, accumulation_steps)
             rate, releases = setup.planned_releases(rehearsal, rate, epochs=epochs, total_steps=total_steps)
+            # A resumed training is planned as it was at first; what its ledger file says was spent counts in the budget.
+            unspent = fresh(self.accountant)
+            unspent.ledger = Ledger()
             noise_multiplier = get_noise_multiplier(
                 target_epsilon=target_epsilon,
                 target_delta=target_delta,
                 sample_rate=rate,
                 steps=releases,
-                accountant=self.accountant,
+                accountant=unspent,
             )
         result = self.make_private(
             module=module, optimizer=optimizer, data_loader=data_loader, noise_multiplier=noise_multiplier,
@@ -289,6 +309,13 @@ class PrivacyEngine:
         if not self._shared:
             self._key, self._shared = topology.share_key(self._key), topology.size > 1
         return topology
+
+    def _journal(self, plan: SessionPlan) -> Journal:
+        return Journal(
+            self._spent, self._ledger, plan.topology, number=plan.number, relation=plan.spending.guarantee,
+            settings={"max_grad_norm": plan.bound, "clipping": plan.function.name, "sample_rate": plan.sample_rate},
+            watched=self._writes_ledger,
+        )  # fmt: skip
 
     def _noise(self, key: RunKey, generator: torch.Generator | None) -> NoiseMechanism:
         if generator is None:
@@ -323,11 +350,14 @@ class PrivacyEngine:
         return self._accountant
 
     @property
+    def ledger_head(self) -> str | None:
+        """The hash of the last line of the ledger file: kept elsewhere, it shows later whether lines were cut off."""
+        return None if self._ledger is None else self._ledger.head
+
+    @property
     def steps(self) -> int:
         """Logical steps made so far."""
-        return sum(session.optimizer.steps for session in self._sessions) + self._closed_steps
-
-    _closed_steps = 0
+        return self._spent.steps
 
     @property
     def grad_sample_mode(self) -> str:
@@ -520,7 +550,7 @@ class PrivacyEngine:
         """
 
         def like_this(seed: int | None) -> PrivacyEngine:
-            accountant = fresh(self._accountant)
+            accountant = fresh(self.accountant)
             accountant.ledger = Ledger()
             return PrivacyEngine(accountant, secure_mode=self.secure_mode, seed=seed)
 
@@ -528,6 +558,127 @@ class PrivacyEngine:
             like_this, train, dataset, canaries, delta=delta, runs=runs, guesses=guesses, threshold=threshold,
             confidence=confidence, seed=seed,
         )  # fmt: skip
+
+    # ------------------------------------------------------------------ stopping and going on
+
+    def state_dict(self, *, keep_key: bool = True) -> dict[str, Any]:
+        """Everything but the model and the optimizer, for checkpoints of your own; `save_checkpoint` saves all together.
+
+        Plain values and tensors: ``torch.load(weights_only=True)`` reads them. It has what was spent, the place in the pass and
+        in the logical batch, the sum so far, schedules and adaptive clipping, the plan, and the key.
+
+        **The key is secret.** With it and the released parameters anyone can subtract the noise; and a sum in the middle of a
+        logical batch has no noise yet. Keep the state as you keep the data. With ``keep_key=False`` nothing secret is in it:
+        a resumed training then draws new batches and new noise, and begins an unfinished logical batch again.
+
+        Args:
+            keep_key: save the key and what only it needs, so that a resumed training is the uninterrupted one bit for bit.
+
+        Raises:
+            PrivacyError: a batch of the loader went through a backward in part.
+            CheckpointError: several ranks in the middle of a logical batch.
+        """
+        setup.check_flags(keep_key=keep_key)
+        return state.state_of(self, keep_key=keep_key)
+
+    def load_state_dict(
+        self, state_dict: Mapping[str, Any], *, fresh_key: bool = False, acknowledge: Collection[str] = ()
+    ) -> None:
+        """Go on from what `state_dict` returned; call `make_private` first, as in the training that was saved.
+
+        With the key in the state, and nothing released by this engine yet, the training goes on bit for bit: what was released
+        after the state was saved is released again, the same. That needs the same data, code and machine. Where something is
+        known to differ the key is not used again. What differs is an error, or named in ``acknowledge``; then, as with
+        ``fresh_key=True``, batches and noise are drawn from a new key and nothing that was spent is forgotten.
+
+        Args:
+            state_dict: from this version of ghostgrad.
+            fresh_key: do not use the key in the state.
+            acknowledge: the parts of the plan that may differ, by the names that the error gives.
+
+        Raises:
+            CheckpointError: damaged, or of another plan; nothing was changed.
+            ConfigurationError: another number of private trainings.
+        """
+        setup.check_flags(fresh_key=fresh_key)
+        topology = self._ranks()
+        with topology.together():
+            resumption = state.checked(self, state_dict, fresh_key=fresh_key, acknowledge=acknowledge)
+        topology.agree({"the state that is loaded": (resumption.state["mark"], resumption.exact)})
+        resumption.apply(topology.share_key(resumption.key), topology.collect(resumption.made())[0])
+
+    def save_checkpoint(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        module: nn.Module,
+        optimizer: checkpoint.Stateful,
+        extra: Mapping[str, checkpoint.Stateful] | None = None,
+        keep_key: bool = True,
+    ) -> None:
+        """Save all that this training needs to go on, in one file, at any point of the loop.
+
+        The file is written whole or not at all, with a checksum, readable by its owner alone (mode 0600). It has the module,
+        the optimizer, what is in ``extra``, the global random states (dropout), and `state_dict`.
+
+        **By default it holds the key and, between logical steps, a sum without noise: it is as secret as the data.** To publish
+        or hand on a model, save the module alone, or use ``keep_key=False``.
+
+        On several ranks every rank calls this, right after a logical step, and rank 0 writes.
+
+        Args:
+            path: of the file; one that is there is replaced.
+            module, optimizer: what `make_private` returned.
+            extra: by name, anything else with ``state_dict`` and ``load_state_dict``: learning-rate schedulers, averages.
+            keep_key: as in `state_dict`.
+
+        Raises:
+            CheckpointError: it could not be written; an old one is as it was.
+            ConfigurationError: a state that could not be loaded again.
+        """
+        setup.check_flags(keep_key=keep_key)
+        topology = self._ranks()
+        with topology.together():
+            content = checkpoint.gather(self.state_dict(keep_key=keep_key), module, optimizer, extra or {})
+            if topology.rank == 0:
+                checkpoint.write(path, content)
+        topology.agree({})
+
+    def load_checkpoint(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        module: nn.Module,
+        optimizer: checkpoint.Stateful,
+        extra: Mapping[str, checkpoint.Stateful] | None = None,
+        fresh_key: bool = False,
+        acknowledge: Collection[str] = (),
+    ) -> None:
+        """Go on from what `save_checkpoint` wrote; call `make_private` first, as in the run that was saved.
+
+        Then iterate over the loader as before: it goes on in the middle of the pass, ``loader.completed_passes`` says which one
+        it is. When the training is the uninterrupted one bit for bit, and what a difference leads to, is said at
+        `load_state_dict`. All is checked before anything is changed.
+
+        Args:
+            path: of the file.
+            module, optimizer, extra: as for `save_checkpoint`, in their first state.
+            fresh_key, acknowledge: as for `load_state_dict`.
+
+        Raises:
+            CheckpointError: damaged, or of another plan; nothing was changed.
+            ConfigurationError: another number of private trainings.
+        """
+        setup.check_flags(fresh_key=fresh_key)
+        topology = self._ranks()
+        with topology.together():
+            content = checkpoint.read(path)
+            checkpoint.check(content, module, optimizer, extra or {})
+            state.checked(self, content["engine"], fresh_key=fresh_key, acknowledge=acknowledge)
+            checkpoint.restore(content, module, optimizer, extra or {})
+        topology.agree({})
+        self.load_state_dict(content["engine"], fresh_key=fresh_key, acknowledge=acknowledge)
+        set_global_states(content["random"])
 
     def __repr__(self) -> str:
         return (
@@ -576,7 +727,6 @@ class PrivacyEngine:
     def detach(self) -> None:
         """End private training: hooks go, the original optimizers step again. What was spent stays spent."""
         for session in self._sessions:
-            self._closed_steps += session.optimizer.steps
             self._ended.append(self._facts(session))
             session.close()
         self._sessions.clear()

@@ -31,6 +31,18 @@ class BudgetExhausted(GhostgradError, RuntimeError):  # noqa: N818 (the public n
     """The next step would spend more than ``target_epsilon``; the parameters were not touched."""
 
 
+class CheckpointError(GhostgradError, ValueError):
+    """A checkpoint or a state cannot be read, is damaged, or is not of this training; nothing was changed."""
+
+
+class LedgerError(GhostgradError, ValueError):
+    """A ledger file was tampered with, cut, forked, or is in use; ``line`` is where, counted from 1, or None."""
+
+    def __init__(self, message: str, line: int | None = None) -> None:
+        super().__init__(message)
+        self.line = line
+
+
 class MissingDependencyError(GhostgradError, ImportError):
     """An optional package is needed for what was asked and is not installed."""
 

@@ -39,6 +39,11 @@ class RunKey:
         digest = hashlib.blake2b(f"ghostgrad seed {int(seed)}".encode(), digest_size=_KEY_BYTES)
         return cls(digest.digest(), seeded=True)
 
+    @property
+    def mark(self) -> str:
+        """Tells keys apart and shows nothing of them (of a seed that can be guessed: whether a guess is right)."""
+        return self.derive("mark").hex()
+
     def derive(self, purpose: str, *counters: int) -> bytes:
         """32 bytes for one address: keyed BLAKE2b (RFC 7693) of the purpose and the counters."""
         address = ":".join([purpose, *map(str, counters)]).encode()

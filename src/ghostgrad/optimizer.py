@@ -13,11 +13,13 @@ from torch.optim import Optimizer
 from ghostgrad.accounting import Accountant
 from ghostgrad.clipping import ClipFunction, ClippedSum, Measurement, trainable
 from ghostgrad.distributed import Alone, Topology, is_split, like, local, runs
-from ghostgrad.errors import ConfigurationError, PrivacyError
+from ghostgrad.errors import ConfigurationError, GhostgradError, PrivacyError
+from ghostgrad.journal import Journal
 from ghostgrad.noise import NoiseMechanism
 from ghostgrad.recording.scalers import scalers
 from ghostgrad.schedulers import Schedule, value_at
 from ghostgrad.spending import Budget, Spending
+from ghostgrad.spent import Spent
 
 _OWN_RELEASE = 1 << 30
 """The noise address of what the clip function releases; parameters are counted from 0."""
@@ -62,6 +64,7 @@ class DPOptimizer(Optimizer):
         budget: Budget | None = None,
         bound_schedule: Callable[[int], float] | None = None,
         topology: Topology | None = None,
+        journal: Journal | None = None,
     ) -> None:
         self.original_optimizer = optimizer
         # Optimizer.__init__ would take the parameters over; __setstate__ only gives this object its hooks.
@@ -75,6 +78,7 @@ class DPOptimizer(Optimizer):
         """What is counted of each logical batch for a share of its budget."""
         self.measured_shares: set[float] = set()
         """The shares that were ever spent on counts."""
+        self.journal = journal or Journal(Spent(accountant), None, self.topology)
         self.steps = 0
         """Logical steps made."""
         self.noise_step = 0
@@ -117,7 +121,7 @@ class DPOptimizer(Optimizer):
         """
         raise PrivacyError(
             "a DPOptimizer is not copied or pickled: the copy would release the same clipped sum and draw the same noise without "
-            "being accounted. Save optimizer.state_dict(), engine.accountant.state_dict() and the model's state_dict."
+            "being accounted. Use engine.save_checkpoint, or save engine.state_dict(), optimizer.state_dict() and the model's."
         )
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -162,13 +166,16 @@ class DPOptimizer(Optimizer):
         While the physical batches of a logical batch are still coming in the sum is kept, so a loop that clears after
         every physical batch trains on all of them.
         """
+        self._drop_gradients()
+        self.total.clear_for_zero_grad()
+
+    def _drop_gradients(self) -> None:
         for group in self.param_groups:
             for p in group["params"]:
                 p.grad = None
                 if hasattr(p, "grad_sample"):
                     del p.grad_sample
         self._written.clear()
-        self.total.clear_for_zero_grad()
 
     def discard_partial(self) -> None:
         """Drop the sum of a logical batch that was left in the middle."""
@@ -216,16 +223,23 @@ class DPOptimizer(Optimizer):
         draws, statistic = self._over_ranks(noise_multiplier)
         epochs = set(self.total.epochs)
         releases = self.spending.releases(noise_multiplier, draws, epochs)
-        if self.budget is not None:
+        again = self.journal.open((p for group in self.param_groups for p in group["params"]), self.noise_step + 1)
+        if self.budget is not None and not again:
             self.budget.check(releases)
         # Noted first: a crash from here on leaves the ledger above what was released, never below.
-        for sigma, rate, steps in releases:
-            self.accountant.step(noise_multiplier=sigma, sample_rate=rate, steps=steps)
+        self.journal.note(self.accountant, [] if again else releases)
         self.spending.note(noise_multiplier, epochs)
+        self.noise.follow(repr(self._step_facts(noise_multiplier)))
         self.noise_step += 1
         size = self.expected_batch_size * max(1, draws)
         left = self._measure(noise_multiplier, size)
         self._write_gradients(left, size)
+        try:
+            self.journal.close(releases, self._written.values(), self.noise_step)
+        except GhostgradError:
+            self.total.close()
+            self._drop_gradients()
+            raise
         self._update_clip_function(left, size, statistic)
         self.total.close()
         self.steps += 1
@@ -257,8 +271,12 @@ class DPOptimizer(Optimizer):
         return len(set().union(*(draws for _, draws, _ in found))), statistic
 
     def _step_facts(self, noise_multiplier: float) -> dict[str, object]:
-        """What ranks compare in every step."""
-        groups = [{**group, "params": [p.requires_grad for p in group["params"]]} for group in self.param_groups]
+        """What ranks compare in every step, and what its noise is bound to."""
+        groups = [
+            {name: _plain(value) for name, value in group.items() if name != "params"}
+            | {"params": [p.requires_grad for p in group["params"]]}
+            for group in self.param_groups
+        ]
         return {
             "the draws since the last step": self.total.span,
             "noise_multiplier": noise_multiplier,
@@ -360,6 +378,12 @@ class DPOptimizer(Optimizer):
             f"max_grad_norm={self.max_grad_norm}, noise_multiplier={self.noise_multiplier}, "
             f"expected_batch_size={self.expected_batch_size:g})"
         )
+
+
+def _plain(value: Any) -> Any:
+    """A number that is the same before and after it was saved, whatever type it had."""
+    number = isinstance(value, (int, float)) or (isinstance(value, Tensor) and value.numel() == 1)
+    return float(value) if number and not isinstance(value, bool) else value
 
 
 def _towards_zero(value: Tensor, dtype: torch.dtype) -> Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from torch import nn
@@ -14,7 +15,9 @@ from ghostgrad import setup
 from ghostgrad.accounting import Accountant
 from ghostgrad.clipping import ClipFunction, ClippedSum, Clipper, Mode, trainable
 from ghostgrad.distributed import Shards, TensorParallel, Topology, facts_of, inner_module, unsynchronised
-from ghostgrad.noise import GeneratorGaussian, NoiseMechanism
+from ghostgrad.journal import Journal
+from ghostgrad.keys import RunKey
+from ghostgrad.noise import GeneratorGaussian, KeyedGaussian, NoiseMechanism
 from ghostgrad.optimizer import DPOptimizer
 from ghostgrad.recording import Delivery, Recorder
 from ghostgrad.sampling import DPDataLoader
@@ -40,6 +43,14 @@ class SessionPlan:
     bound_schedule: Callable[[int], float] | None
     topology: Topology
     shards: Shards | None = None
+    number: int = 0
+    """How many trainings the engine opened before."""
+
+    @cached_property
+    def bound(self) -> Any:
+        """``max_grad_norm`` as it was when the training was opened."""
+        bound = self.function.bound
+        return list(bound) if isinstance(bound, list) else bound
 
     @property
     def spending(self) -> Spending:
@@ -92,9 +103,12 @@ class Session:
         plan: what was decided.
         accountant: where steps are noted.
         budget: kept by the optimizer, if there is one.
+        journal: surrounds its releases.
     """
 
-    def __init__(self, plan: SessionPlan, accountant: Accountant, budget: Budget | None) -> None:
+    def __init__(self, plan: SessionPlan, accountant: Accountant, budget: Budget | None, journal: Journal) -> None:
+        self.plan = plan
+        plan.bound  # noqa: B018 - noted before it moves
         self.module, self.mode, self.loader = plan.module, plan.mode, plan.loader
         self.sample_rate = plan.sample_rate
         loader, optimizer, delivery = plan.loader, plan.optimizer, plan.delivery
@@ -129,12 +143,26 @@ class Session:
             budget=budget,
             bound_schedule=plan.bound_schedule,
             topology=plan.topology,
+            journal=journal,
         )
         setup.claim(plan.module, optimizer, self.optimizer)
         self.at_close: list[Callable[[], None]] = [
             unsynchronised(plan.module) if plan.shards is None else plan.shards.unsynchronised()
         ]
         """What else has to be turned back."""
+
+    @property
+    def parameters(self) -> list[nn.Parameter]:
+        """All that the optimizer holds, in its order."""
+        return [p for group in self.optimizer.param_groups for p in group["params"]]
+
+    def rekey(self, key: RunKey) -> None:
+        """Draw noise and batches from the key of a run, of which this training is one."""
+        own = RunKey(key.derive("session", self.plan.number), seeded=key.seeded)
+        if isinstance(self.plan.noise, KeyedGaussian):
+            self.plan.noise.rekey(own)
+        if self.loader is not None:
+            self.loader.rekey(own)
 
     def close(self) -> None:
         """Give everything back as it was."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Set
+from collections.abc import Iterable, Sequence, Set
 
 from ghostgrad.accounting import Accountant
 from ghostgrad.errors import BudgetExhausted, ConfigurationError
@@ -24,6 +24,13 @@ class Spending(ABC):
     @abstractmethod
     def note(self, noise_multiplier: float, epochs: Set[int]) -> None:
         """The step was made."""
+
+    def state_dict(self) -> list[list[float]]:
+        """What was noted, as plain values."""
+        return []
+
+    def load_state_dict(self, state: Iterable[Sequence[float]]) -> None:  # noqa: B027 (nothing is noted by most)
+        """Go on from what `state_dict` returned."""
 
 
 class PoissonSpending(Spending):
@@ -69,6 +76,12 @@ class ShuffledSpending(Spending):
 
     def note(self, noise_multiplier: float, epochs: Set[int]) -> None:
         self._noted |= {(epoch, noise_multiplier / math.sqrt(len(epochs))) for epoch in epochs}
+
+    def state_dict(self) -> list[list[float]]:
+        return [[epoch, share] for epoch, share in sorted(self._noted)]
+
+    def load_state_dict(self, state: Iterable[Sequence[float]]) -> None:
+        self._noted = {(int(epoch), float(share)) for epoch, share in state}
 
 
 class Budget:

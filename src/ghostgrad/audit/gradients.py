@@ -6,7 +6,7 @@ import secrets
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -56,6 +56,15 @@ class _WithCanaries:
     def add_all_(self, slices: Sequence[tuple[int, Tensor, int]], *, std: float, step: int) -> None:
         self._add({index: whole for index, whole, _ in slices})  # in one process no parameter is cut
         self.inner.add_all_(slices, std=std, step=step)
+
+    def follow(self, facts: str) -> None:
+        self.inner.follow(facts)
+
+    def state_dict(self) -> dict[str, Any]:
+        return self.inner.state_dict()
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.inner.load_state_dict(state)
 
 
 class GradientCanaries:

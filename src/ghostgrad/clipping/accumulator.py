@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -228,6 +229,56 @@ class ClippedSum:
             self._last = delivery
             self.logical_batches.add(delivery.logical_batch)
             self.epochs.add(delivery.epoch)
+
+    @property
+    def consumed(self) -> bool:
+        """Whether the piece that the consumer holds went through a backward or a step.
+
+        Raises:
+            PrivacyError: a part of it did.
+        """
+        held = self._delivery() if self._delivery else None
+        if held is None or held.piece < 1 or held.piece == self._closed or held.logical_batch == self._abandoned:
+            return True
+        if held.piece not in self._rows:
+            return False
+        if self._rows[held.piece] < held.records:
+            raise PrivacyError(
+                "a batch of the loader went through a backward in part, so where to go on with it is not known. Save a "
+                "checkpoint after all of it did, best after optimizer.step()."
+            )
+        return True
+
+    def state_dict(self, names: Mapping[nn.Parameter, str], *, secrets: bool) -> dict[str, Any]:
+        """The sum and what is in it, as plain values and tensors.
+
+        The sums are secret, as they have no noise, and so are counts of records: without ``secrets`` they are left out, and a
+        logical batch that is coming in begins again.
+        """
+        held = self if secrets else ClippedSum(self.parameters, None)
+        return {
+            "sums": {names[parameter]: part.detach().clone() for parameter, part in held._sums.items()},
+            "statistic": held.statistic,
+            "rows": [list(entry) for entry in held._rows.items()],
+            "last": None if held._last is None else list(held._last),
+            "logical_batches": sorted(held.logical_batches),
+            "epochs": sorted(held.epochs),
+            "trained_epochs": sorted(self._trained_epochs),
+            "not_finite": held.not_finite,
+            "marks": [self._abandoned, held._closed, self._closed_draw],
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any], named: Mapping[str, nn.Parameter]) -> None:
+        """Go on from what `state_dict` returned."""
+        self.clear()
+        self._used, self._used_before = {}, {}
+        self._sums = {named[name]: part.to(named[name].device, copy=True) for name, part in state["sums"].items()}
+        self.statistic = state["statistic"]
+        self._rows.update(dict(state["rows"]))
+        self._last = None if state["last"] is None else Delivery(*state["last"])
+        self.logical_batches, self.epochs = set(state["logical_batches"]), set(state["epochs"])
+        self._trained_epochs, self.not_finite = set(state["trained_epochs"]), state["not_finite"]
+        self._abandoned, self._closed, self._closed_draw = state["marks"]
 
     def take(self, parameter: nn.Parameter) -> Tensor:
         """The sum for one parameter, zeros where nothing reached it."""

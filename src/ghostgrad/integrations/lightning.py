@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader
 from ghostgrad.engine import PrivacyEngine
 from ghostgrad.errors import ConfigurationError
 from ghostgrad.integrations._base import base_class
-from ghostgrad.integrations.plan import PrivacyPlan, PrivateRun, new_run
+from ghostgrad.integrations.plan import PrivacyPlan, PrivateRun
 
 _PACKAGE = "lightning.pytorch"
 _Callback: Any = base_class(_PACKAGE, "Callback", "ghostgrad.integrations.lightning.DPCallback")
@@ -44,7 +44,6 @@ class DPCallback(_Callback):  # type: ignore[misc]
         self.plan, self.max_grad_norm = plan, max_grad_norm
         self.engine: PrivacyEngine = plan.engine()
         self.private: PrivateRun | None = None
-        self._run = new_run()
         self._spent: dict[str, Any] | None = None
         self._resumes: dict[str, Any] | None = None
 
@@ -58,7 +57,6 @@ class DPCallback(_Callback):  # type: ignore[misc]
         self.private = PrivateRun.open(
             self.plan,
             engine=self.engine,
-            run=self._run,
             module=_holder(pl_module),
             optimizer=trainer.optimizers[0],
             data_loader=loader,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,12 +10,10 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 
-from ghostgrad.accounting import Ledger
 from ghostgrad.engine import GradSampleMode, PrivacyEngine
 from ghostgrad.errors import ConfigurationError
 from ghostgrad.optimizer import DPOptimizer
 from ghostgrad.sampling import DPDataLoader
-from ghostgrad.sampling.poisson import PoissonBatchSampler
 
 
 @dataclass(frozen=True)
@@ -63,27 +60,19 @@ class PrivacyPlan:
         return PrivacyEngine(self.accountant, self.secure_mode, self.seed)
 
 
-def new_run() -> str:
-    """A name for what one engine spends, by which a checkpoint is told apart from those of other processes."""
-    return secrets.token_hex(8)
-
-
 @dataclass
 class PrivateRun:
     """One private training: the engine, and what `make_private` returned.
 
     Attributes:
-        run: name of what the engine spends, from `new_run`; the same for all trainings of one engine.
         noise_multiplier: as planned or as calibrated; fixed for the whole training, also when it is resumed.
     """
 
     plan: PrivacyPlan
     engine: PrivacyEngine
-    run: str
     optimizer: DPOptimizer
     loader: DPDataLoader[Any]
     noise_multiplier: float
-    _begun_at: tuple[int, int] = (0, 0)  # pass and logical batch at which a resumed training went on
 
     @classmethod
     def open(
@@ -91,7 +80,6 @@ class PrivateRun:
         plan: PrivacyPlan,
         *,
         engine: PrivacyEngine,
-        run: str,
         module: nn.Module,
         optimizer: Optimizer,
         data_loader: DataLoader[Any],
@@ -118,7 +106,7 @@ class PrivateRun:
                 max_grad_norm=max_grad_norm, clipping=plan.clipping, grad_sample_mode=plan.grad_sample_mode,
                 poisson_sampling=plan.poisson_sampling, accumulation_steps=accumulation_steps,
             )  # fmt: skip
-        return cls(plan, engine, run, private, loader, float(private.noise_multiplier))
+        return cls(plan, engine, private, loader, float(private.noise_multiplier))
 
     def logs(self) -> dict[str, float]:
         """What to log: public numbers only."""
@@ -130,52 +118,16 @@ class PrivateRun:
         }
 
     def state_dict(self) -> dict[str, Any]:
-        """What was spent, and the addresses of the next draws; holds no secret."""
-        epoch, step = self._next_draw()
-        return {
-            "run": self.run,
-            "accountant": self.engine.accountant.state_dict(),
-            "steps": self.engine.steps,
-            "noise_step": self.optimizer.noise_step + self.engine.steps - self.optimizer.steps,
-            "epoch": epoch,
-            "step": step,
-            "noise_multiplier": self.noise_multiplier,
-            "max_grad_norm": self.optimizer.max_grad_norm,
-        }
+        """The engine's state without its key: plain values that can be written as JSON, and no secret."""
+        return self.engine.state_dict(keep_key=False)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on where `state_dict` was taken: what was spent is spent, and nothing that a seed determines is drawn twice.
+        """Go on where `state_dict` was taken: what was spent is spent, and nothing random is drawn twice.
+
+        Trainers count their own passes, so a pass of which nothing is left is over.
 
         Raises:
-            ConfigurationError: the training was planned with other noise.
+            CheckpointError: the training was planned otherwise, or the state is damaged.
         """
-        if abs(state["noise_multiplier"] - self.noise_multiplier) > 1e-9 * self.noise_multiplier:
-            raise ConfigurationError(
-                f"the checkpoint was trained with noise_multiplier={state['noise_multiplier']}, and the plan gives "
-                f"{self.noise_multiplier}. Resume with the same plan, data and number of steps."
-            )
-        if state["run"] != self.run:  # else this engine spent it, and knows
-            for event, count in Ledger.from_state_dict(state["accountant"]["ledger"]):
-                self.engine.accountant.record(event, count)
-            self.optimizer.steps += state["steps"]
-        self.optimizer.noise_step = max(self.optimizer.noise_step, state["noise_step"])
-        if self.plan.clipping == "adaptive":
-            self.optimizer.max_grad_norm = state["max_grad_norm"]
-        sampler = self.loader.batch_sampler
-        if isinstance(sampler, PoissonBatchSampler):
-            at = max((sampler.epoch, sampler.first_step), (state["epoch"], state["step"]))
-            self._begun_at = sampler.epoch, sampler.first_step = at
-
-    @property
-    def within_pass(self) -> bool:
-        """Whether the next draw is in the middle of a pass over the loader."""
-        return self._next_draw()[1] > 0
-
-    def _next_draw(self) -> tuple[int, int]:
-        """The pass and the logical batch within it that come after what was handed out."""
-        epoch, step = self.loader.feed.epoch, self.loader.feed.step + 1
-        if epoch < self._begun_at[0]:  # nothing was handed out since
-            return self._begun_at
-        if epoch == self._begun_at[0]:
-            step += self._begun_at[1]
-        return (epoch, step) if step < self.loader.steps_per_epoch else (epoch + 1, 0)
+        self.engine.load_state_dict(state)
+        self.loader.finish_pass()

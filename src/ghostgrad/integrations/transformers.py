@@ -16,7 +16,7 @@ from ghostgrad.engine import PrivacyEngine
 from ghostgrad.errors import ConfigurationError, PrivacyError
 from ghostgrad.integrations._arguments import check_arguments
 from ghostgrad.integrations._base import base_class
-from ghostgrad.integrations.plan import PrivacyPlan, PrivateRun, new_run
+from ghostgrad.integrations.plan import PrivacyPlan, PrivateRun
 from ghostgrad.integrations.record_losses import record_losses
 from ghostgrad.sampling import DPDataLoader
 
@@ -83,8 +83,6 @@ class DPTrainer(_Trainer):  # type: ignore[misc]
         self.loss_is_scaled_for_ga = True  # the parts of a logical batch add up
         self.privacy = privacy
         self.engine: PrivacyEngine = privacy.engine()
-        self._run = new_run()
-        self._random_state_of: str | None = None
         self.private: PrivateRun | None = None
         self._losses = losses
 
@@ -107,7 +105,6 @@ class DPTrainer(_Trainer):  # type: ignore[misc]
             self.private = PrivateRun.open(
                 self.privacy,
                 engine=self.engine,
-                run=self._run,
                 module=self.model,
                 optimizer=self.optimizer,
                 data_loader=plain,
@@ -145,9 +142,6 @@ class DPTrainer(_Trainer):  # type: ignore[misc]
 
     def get_batch_samples(self, epoch_iterator: Iterator[Any], num_batches: int, device: Any = None) -> Any:
         """The next ``num_batches`` batches, each taken from the loader when it is used; no count of their tokens."""
-        if self._random_state_of is not None:
-            super()._load_rng_state(self._random_state_of)
-            self._random_state_of = None
         return _LazyBatches(epoch_iterator, num_batches), None
 
     # ------------------------------------------------------------------ the loss
@@ -213,13 +207,6 @@ class DPTrainer(_Trainer):  # type: ignore[misc]
                 f"DPTrainer saved with its optimizer (save_only_model=False)."
             )
         self.private.load_state_dict(json.loads(file.read_text()))
-
-    def _load_rng_state(self, checkpoint: str | None) -> None:
-        """As the Trainer's; within a pass only after the loader has drawn its workers' seed, as it had when it was saved."""
-        if self.private is not None and self.private.within_pass:
-            self._random_state_of = checkpoint
-        else:
-            super()._load_rng_state(checkpoint)
 
 
 class _LazyBatches:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import hashlib
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -49,6 +51,7 @@ class KeyedGaussian:
 
     def __init__(self, key: RunKey, *, secure: bool = False) -> None:
         self._key = key
+        self._course = b""
         self._stream_type = keystream_type(cryptographic=secure)
         self._terms = _SECURE_TERMS if secure else 1
         kind = f"sum of {_SECURE_TERMS} Gaussians" if secure else "Gaussian"
@@ -107,4 +110,25 @@ class KeyedGaussian:
 
     def _streams(self, step: int, index: int) -> list[Keystream]:
         lanes = [()] if self._terms == 1 else [(lane,) for lane in range(self._terms)]
-        return [self._stream_type(self._key.derive("noise", step, index, *lane)) for lane in lanes]
+        course = (int.from_bytes(self._course, "big"),) if self._course else ()
+        return [self._stream_type(self._key.derive("noise", *course, step, index, *lane)) for lane in lanes]
+
+    def follow(self, facts: str) -> None:
+        """Make all later noise a function of these public facts too, and of those before them.
+
+        Two runs with one key whose facts differ in a step (the clipping bound, the learning rate) draw independent noise in
+        it and from there on.
+        """
+        self._course = hashlib.blake2b(self._course + facts.encode(), digest_size=16).digest()
+
+    def rekey(self, key: RunKey) -> None:
+        """Draw from another key."""
+        self._key = key
+
+    def state_dict(self) -> dict[str, Any]:
+        """What `follow` has led to; not the key."""
+        return {"course": self._course.hex()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from what `state_dict` returned."""
+        self._course = bytes.fromhex(state["course"])

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 
 from ghostgrad.errors import ConfigurationError
 from ghostgrad.noise.mechanism import check_request
+from ghostgrad.random_states import from_text, to_text
 
 
 class GeneratorGaussian:
@@ -39,7 +41,7 @@ class GeneratorGaussian:
     @property
     def state(self) -> bytes:
         """The generator's state: ranks that draw the same noise have the same."""
-        return bytes(self._generator.get_state().tolist())
+        return self._generator.get_state().numpy().tobytes()
 
     def add_(self, tensor: torch.Tensor, *, std: float, step: int, index: int, offset: int = 0) -> None:
         """Add noise to ``tensor`` (float32 or float64) in place; ``step`` and ``index`` do not change what is drawn.
@@ -64,3 +66,18 @@ class GeneratorGaussian:
         """`add_` for each ``(index, tensor, offset)``, in their order."""
         for index, tensor, offset in slices:
             self.add_(tensor, std=std, step=step, index=index, offset=offset)
+
+    def follow(self, facts: str) -> None:
+        """Nothing: what is drawn depends on the draws before alone."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """The state of the generator, in hexadecimal."""
+        return {"generator": to_text(self._generator.get_state())}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Put the generator where it was."""
+        self._generator.set_state(from_text(state["generator"], self._generator.device))
+
+    def check_state(self, state: Mapping[str, Any]) -> None:
+        """Raise what `load_state_dict` would raise, and change nothing."""
+        from_text(state["generator"], self._generator.device)

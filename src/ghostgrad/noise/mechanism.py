@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from typing import Protocol
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
 
 import torch
 
@@ -27,6 +27,15 @@ class NoiseMechanism(Protocol):
 
     def add_all_(self, slices: Sequence[tuple[int, torch.Tensor, int]], *, std: float, step: int) -> None:
         """`add_` for several parameters or slices of them: ``(index, tensor, offset)`` of each."""
+
+    def follow(self, facts: str) -> None:
+        """Bind the noise from now on to public facts: where they differ from those of another run, so does its noise."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """What the next draws depend on besides the key and their addresses, as plain values."""
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from what `state_dict` returned."""
 
 
 def check_request(tensor: torch.Tensor, *, std: float, step: int, index: int, offset: int) -> None:

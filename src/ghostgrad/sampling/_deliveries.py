@@ -5,10 +5,23 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from itertools import islice
-from typing import Protocol
+from itertools import accumulate, count, islice
+from typing import NamedTuple, Protocol
 
 from torch.utils.data import BatchSampler, Sampler
+
+from ghostgrad.keys import RunKey
+
+
+class Place(NamedTuple):
+    """A place in a pass: behind ``step`` logical batches, and in the next behind ``part`` parts and ``records`` records."""
+
+    step: int = 0
+    part: int = 0
+    records: int = 0
+
+
+START = Place()
 
 
 @dataclass(frozen=True)
@@ -18,13 +31,19 @@ class Delivery:
     indices: list[int] = field(repr=False)  # drawn indices are secret
     opens: bool
     last: bool
+    place: Place  # behind it
 
 
 class BatchSource(Protocol):
     """Index lists, pass by pass."""
 
-    def begin(self) -> tuple[int, Iterator[list[int]]]:
-        """The number of a new pass and its index lists."""
+    epoch: int
+
+    def begin(self, skip: int = 0) -> tuple[int, Iterator[list[int]]]:
+        """The number of a new pass and its index lists, without the first ``skip`` of them."""
+
+    def rekey(self, key: RunKey) -> None:
+        """Draw from another key, where draws are made from one."""
 
     def first_record(self) -> int:
         """One index that may come."""
@@ -38,10 +57,13 @@ class OwnBatches:
         self.epoch = 0
         self._first_record = first_record
 
-    def begin(self) -> tuple[int, Iterator[list[int]]]:
+    def begin(self, skip: int = 0) -> tuple[int, Iterator[list[int]]]:
         epoch = self.epoch
         self.epoch += 1
-        return epoch, iter(self.batch_sampler)
+        return epoch, islice(self.batch_sampler, skip, None)
+
+    def rekey(self, key: RunKey) -> None:
+        """The user's own generators draw."""
 
     def first_record(self) -> int:
         return self._first_record
@@ -58,29 +80,48 @@ class Share:
     rank: int = 0
     size: int = 1
 
-    def pieces(self, batch: list[int], limit: int | None) -> list[list[int]]:
-        """The share, in pieces of at most ``limit`` records; an empty batch is one empty piece, so no batch is lost.
+    def pieces(self, batch: list[int], limit: int | None, start: int = 0) -> list[list[int]]:
+        """The share from its record ``start`` on, in pieces of at most ``limit``; an empty batch is one empty piece.
 
         >>> Share(1, 2).pieces([10, 11, 12, 13, 14], 1)
         [[11], [13], []]
         """
         mine, longest = batch[self.rank :: self.size], -(-len(batch) // self.size)
         if limit is None:
-            return [mine]
-        return [mine[start : start + limit] for start in range(0, max(longest, 1), limit)]
+            return [mine[start:]]
+        return [mine[first : first + limit] for first in range(start, max(longest, 1), limit)]
 
 
 def deliveries(
-    batches: Iterator[list[int]], group: int, limit: int | None, share: Share = Share()
+    batches: Iterator[list[int]], group: int, limit: int | None, share: Share = Share(), start: Place = START
 ) -> Iterator[Delivery]:
     """Join every ``group`` index lists to one logical batch and cut this rank's share of each list to pieces.
 
-    The last group of a pass may be shorter.
+    The last group of a pass may be shorter. ``batches`` begin with logical batch ``start.step`` of the pass; what lies before
+    ``start`` in it is left out.
     """
-    while parts := list(islice(batches, group)):
-        pieces = [piece for part in parts for piece in share.pieces(part, limit)]
-        for number, piece in enumerate(pieces):
-            yield Delivery(piece, opens=number == 0, last=number == len(pieces) - 1)
+    for step in count(start.step):
+        parts = list(islice(batches, group))
+        if not parts:
+            return
+        within = start if step == start.step else Place(step)
+        pieces = [
+            (records, Place(step, part + done, 0 if done else behind))
+            for part, indices in enumerate(parts)
+            if part >= within.part
+            for records, behind, done in _cut(indices, limit, share, within.records if part == within.part else 0)
+        ]
+        for number, (records, place) in enumerate(pieces):
+            opens = number == 0 and not (within.part or within.records)
+            last = number == len(pieces) - 1
+            yield Delivery(records, opens=opens, last=last, place=Place(step + 1) if last else place)
+
+
+def _cut(part: list[int], limit: int | None, share: Share, start: int) -> list[tuple[list[int], int, bool]]:
+    """Pieces from record ``start`` on, with the place behind each, and whether it is the end of the part."""
+    pieces = share.pieces(part, limit, start)
+    behind = list(accumulate((len(piece) for piece in pieces), initial=start))[1:]
+    return [(piece, place, piece is pieces[-1]) for piece, place in zip(pieces, behind, strict=True)]
 
 
 class IndexStream(Sampler[list[int]]):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -32,6 +33,13 @@ def check_indices(records: int | Sequence[int], size: int | None) -> None:
         raise ConfigurationError(
             f"the sampler's indices reach outside the dataset's {size} records; give indices from 0 to {size - 1}."
         )
+
+
+def digest_of(records: int | Sequence[int]) -> str:
+    """Equal for equal records that may be drawn: a count (indices ``0 .. n-1``) or the indices."""
+    if isinstance(records, int):
+        return str(records)
+    return hashlib.sha256(np.asarray(records).astype("<i8").tobytes()).hexdigest()[:16]
 
 
 def check_origins(dataset: Any) -> None:

@@ -13,6 +13,7 @@ from torch.utils.data import BatchSampler, DataLoader, Sampler
 from ghostgrad.errors import ConfigurationError
 from ghostgrad.keys import RunKey
 from ghostgrad.sampling._deliveries import BatchSource, OwnBatches, Share
+from ghostgrad.sampling._indices import digest_of
 from ghostgrad.sampling._inspect import Servable
 from ghostgrad.sampling._length import pieces_of_own_batches, pieces_of_poisson_batches
 from ghostgrad.sampling.poisson import PoissonBatchSampler, check_rate
@@ -61,6 +62,7 @@ class Plan:
     accumulation_steps: int
     poisson_sampling: bool
     num_records: int
+    records: str  # a digest of which may be drawn
     servable: Servable | None = None  # of the user's own batches
     share: Share = field(default_factory=Share)
 
@@ -113,6 +115,7 @@ def poisson_plan(
         accumulation_steps=accumulation_steps,
         poisson_sampling=True,
         num_records=n,
+        records=digest_of(records),
     )
 
 
@@ -146,6 +149,7 @@ def own_plan(loader: DataLoader[Any], servable: Servable, sample_rate: float | N
         accumulation_steps=accumulation_steps,
         poisson_sampling=False,
         num_records=servable.num_records,
+        records=digest_of(servable.records),
         servable=servable,
     )
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -11,9 +11,10 @@ from torch.utils.data import DataLoader, Dataset
 from ghostgrad.errors import ConfigurationError
 from ghostgrad.keys import RunKey
 from ghostgrad.sampling._batches import EmptyBatch, check_rows
-from ghostgrad.sampling._deliveries import CurrentStream, IndexStream, deliveries
+from ghostgrad.sampling._deliveries import START, CurrentStream, IndexStream, Place, deliveries
 from ghostgrad.sampling._indices import check_indices
 from ghostgrad.sampling._inspect import check_dataset, inspect_loader
+from ghostgrad.sampling._passes import Pass, Passes
 from ghostgrad.sampling._plan import Fetching, Plan, key_from, own_plan, plan_like, poisson_plan, steps_at
 from ghostgrad.sampling.feed import Feed
 from ghostgrad.sampling.poisson import check_count, check_rate
@@ -109,7 +110,7 @@ class DPDataLoader(DataLoader[T_co]):
             prefetch_factor=prefetch_factor,
             persistent_workers=persistent_workers,
         )
-        self._open(dataset, plan, fetching, Feed(), None)
+        self._open(dataset, plan, fetching, Passes.over(plan, generator), None)
 
     @classmethod
     def from_data_loader(
@@ -163,7 +164,7 @@ class DPDataLoader(DataLoader[T_co]):
         if ranks > 1:
             plan = plan.shared(rank, ranks)
         private: DPDataLoader[T_co] = cls.__new__(cls)
-        private._open(loader.dataset, plan, Fetching.of(loader), Feed(), None)
+        private._open(loader.dataset, plan, Fetching.of(loader), Passes.over(plan, loader.generator), None)
         return private
 
     def physical(self, max_physical_batch_size: int) -> DPDataLoader[T_co]:
@@ -180,13 +181,13 @@ class DPDataLoader(DataLoader[T_co]):
         if max_physical_batch_size not in self._physical:
             # Kept, so that persistent workers live on from one memory manager to the next.
             pieces: DPDataLoader[T_co] = type(self).__new__(type(self))
-            pieces._open(self.dataset, self._plan, Fetching.of(self), self.feed, max_physical_batch_size)
+            pieces._open(self.dataset, self._plan, Fetching.of(self), self._passes, max_physical_batch_size)
             self._physical.clear()
             self._physical[max_physical_batch_size] = pieces
         return self._physical[max_physical_batch_size]
 
-    def _open(self, dataset: Dataset[T_co], plan: Plan, fetching: Fetching, feed: Feed, limit: int | None) -> None:
-        self.feed = feed
+    def _open(self, dataset: Dataset[T_co], plan: Plan, fetching: Fetching, passes: Passes, limit: int | None) -> None:
+        self._passes, self.feed = passes, passes.feed
         self.sample_rate = plan.sample_rate
         self.expected_batch_size = plan.expected_batch_size
         self.accumulation_steps = plan.accumulation_steps
@@ -243,35 +244,89 @@ class DPDataLoader(DataLoader[T_co]):
         return self._length
 
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
-        epoch, batches = self._plan.source.begin()
-        stream = IndexStream(deliveries(batches, self.accumulation_steps, self._limit, self._plan.share))
-        self._current.stream = stream
-        return self._hand_out(epoch, stream, super().__iter__())
+        with self._passes.beginning(self._limit) as current:
+            # Workers draw random numbers of their own for each record they fetch, so what they fetched is fetched again.
+            refetched = current.place if self.num_workers and current.limit == self._limit else START
+            start = START if refetched != START else current.place
+            batches = self._passes.begin(start)
+            stream = IndexStream(deliveries(batches, self.accumulation_steps, self._limit, self._plan.share, start))
+            self._current.stream = stream
+            fetched = super().__iter__()
+            if current.resumed:
+                stream.look_ahead()  # the sampler draws its order when it is first asked
+        return self._hand_out(current, stream, fetched, refetched)
 
-    def _hand_out(self, epoch: int, stream: IndexStream, fetched: Iterator[Any]) -> Iterator[Any]:
+    def _hand_out(self, current: Pass, stream: IndexStream, fetched: Iterator[Any], refetched: Place) -> Iterator[Any]:
         """Yield the pieces of one pass in order; the empty ones, which torch never sees, are made here."""
         waiting: list[Any] = []
-        logical_batch = -1
+        logical_batch = self.feed.logical_batch  # of one that was left in the middle, in a pass that is resumed
         exhausted = False
-        while True:
-            while stream.pending and (waiting or not stream.pending[0].indices):
-                piece = stream.pending.popleft()
-                batch = waiting.pop() if piece.indices else self._empty_batch()
-                if piece.indices:
-                    check_rows(batch, len(piece.indices))
-                if piece.opens:
-                    logical_batch = self.feed.open()
-                self.feed.deliver(logical_batch, records=len(piece.indices), last=piece.last, epoch=epoch)
-                yield batch
-            if exhausted:
-                return
-            if not stream.pending and stream.look_ahead():
-                continue
-            self._check_current(stream)
-            try:
-                waiting.append(next(fetched))
-            except StopIteration:
-                exhausted = True
+        try:
+            while True:
+                while stream.pending and (waiting or not stream.pending[0].indices):
+                    piece = stream.pending.popleft()
+                    batch = waiting.pop() if piece.indices else self._empty_batch()
+                    if piece.place <= refetched:
+                        continue
+                    if piece.indices:
+                        check_rows(batch, len(piece.indices))
+                    logical_batch = self.feed.deliver(
+                        None if piece.opens else logical_batch,
+                        records=len(piece.indices), last=piece.last, epoch=current.epoch, place=piece.place,
+                    )  # fmt: skip
+                    yield batch
+                if exhausted:
+                    return
+                if not stream.pending and stream.look_ahead():
+                    continue
+                self._check_current(stream)
+                try:
+                    waiting.append(self._passes.fetch(fetched, current, here=not self.num_workers))
+                except StopIteration:
+                    exhausted = True
+        finally:
+            self._passes.ended(current)
+
+    @property
+    def completed_passes(self) -> int:
+        """Passes that are over; one that is under way, or to be gone on with, is not."""
+        return self._passes.completed
+
+    def finish_pass(self) -> None:
+        """Where a pass that was resumed has no batches left, let the next iteration be a new one."""
+        self._passes.finish(self.steps_per_epoch)
+
+    def where(self, *, consumed: bool = True, secrets: bool = True) -> dict[str, Any]:
+        """Where the consumer is, as plain values: which pass, how far in it, and the state of the generators.
+
+        Not named ``state_dict``: trainers would save it, secrets and all, and restore it a second time.
+
+        Args:
+            consumed: False hands out the piece that is held once more.
+            secrets: False leaves out what depends on how many records were drawn.
+        """
+        return self._passes.state_dict(consumed=consumed, secrets=secrets)
+
+    def check_where(self, state: Mapping[str, Any]) -> None:
+        """Raise what `go_on_from` would raise, and change nothing."""
+        self._passes.check(state)
+
+    def go_on_from(self, state: Mapping[str, Any], *, draws_anew: bool = False) -> None:
+        """Go on from what `where` returned: the next iteration is the rest of the pass that was under way.
+
+        Args:
+            draws_anew: begin a logical batch that was coming in again, because it is drawn with another key.
+        """
+        self._passes.load_state_dict(state, draws_anew=draws_anew)
+
+    def rekey(self, key: RunKey) -> None:
+        """Draw from another key."""
+        self._plan.source.rekey(key)
+
+    @property
+    def records(self) -> str:
+        """A digest of which records may be drawn."""
+        return self._plan.records
 
     def _check_current(self, stream: IndexStream) -> None:
         if self.persistent_workers and self._current.stream is not stream:

@@ -72,9 +72,13 @@ class PoissonBatchSampler(Sampler[list[int]]):
     def __iter__(self) -> Iterator[list[int]]:
         yield from self.begin()[1]
 
-    def begin(self) -> tuple[int, Iterator[list[int]]]:
-        """Take the next epoch's number; return it with that epoch's parts."""
-        epoch, first = self.epoch, self.first_step
+    def rekey(self, key: RunKey) -> None:
+        """Draw from another key from the next draw on."""
+        self._key = key
+
+    def begin(self, skip: int = 0) -> tuple[int, Iterator[list[int]]]:
+        """Take the next epoch's number; return it with that epoch's parts but for the first ``skip``, a multiple of k."""
+        epoch, first = self.epoch, self.first_step + skip // self.accumulation_steps
         self.epoch, self.first_step = epoch + 1, 0
         return epoch, (part for step in range(first, self.steps) for part in self.draw(epoch=epoch, step=step))
 

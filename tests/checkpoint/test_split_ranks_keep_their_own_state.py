@@ -1,0 +1,66 @@
+"""A model that is split over ranks is saved by torch's own means; each rank's `engine.state_dict` goes with it."""
+
+from __future__ import annotations
+
+import copy
+import io
+from typing import Any
+
+import pytest
+import torch
+from ranks import on_ranks
+from torch import nn
+from torch.distributed.fsdp import fully_shard
+from torch.utils.data import DataLoader, TensorDataset
+
+from ghostgrad import ConfigurationError, PrivacyEngine
+
+
+def private() -> dict[str, Any]:
+    torch.manual_seed(0)
+    data = TensorDataset(torch.randn(24, 3), torch.arange(24) % 2)
+    module = nn.Sequential(nn.Linear(3, 5), nn.Tanh(), nn.Linear(5, 2))
+    fully_shard(module[0])
+    fully_shard(module)
+    engine = PrivacyEngine()
+    module, optimizer, loader = engine.make_private(
+        module=module, optimizer=torch.optim.Adam(module.parameters()), data_loader=DataLoader(data, batch_size=6),
+        noise_multiplier=1.0, max_grad_norm=1.0,
+    )  # fmt: skip
+    return {"engine": engine, "module": module, "optimizer": optimizer, "loader": loader}
+
+
+def train(run: dict[str, Any], batches: Any, count: int) -> None:
+    for _, (x, y) in zip(range(count), batches, strict=False):
+        nn.functional.cross_entropy(run["module"](x), y).backward()
+        run["optimizer"].step()
+        run["optimizer"].zero_grad()
+
+
+def parameters(run: dict[str, Any]) -> list[torch.Tensor]:
+    return [p.full_tensor().detach().clone() for p in run["module"].parameters()]
+
+
+def test_they_go_on_in_the_middle_of_a_pass_bit_for_bit(tmp_path: Any) -> None:
+    def both(rank: int) -> Any:
+        run = private()
+        batches = iter(run["loader"])
+        train(run, batches, 2)
+        file = io.BytesIO()
+        torch.save(run["engine"].state_dict(), file)
+        file.seek(0)
+        module, optimizer = copy.deepcopy(run["module"].state_dict()), copy.deepcopy(run["optimizer"].state_dict())
+        with pytest.raises(ConfigurationError, match=r"torch\.distributed\.checkpoint"):
+            run["engine"].save_checkpoint(tmp_path / "whole", module=run["module"], optimizer=run["optimizer"])
+        train(run, batches, 2)
+        again = private()
+        again["module"].load_state_dict(module)
+        again["optimizer"].load_state_dict(optimizer)
+        again["engine"].load_state_dict(torch.load(file, weights_only=True))
+        train(again, iter(again["loader"]), 2)
+        return parameters(run), parameters(again), run["engine"].steps, again["engine"].steps
+
+    for first, second, steps, counted in on_ranks(2, both):
+        assert all(map(torch.equal, first, second))
+        assert steps == counted == 4
+    assert not (tmp_path / "whole").exists()
