@@ -367,7 +367,10 @@ class PrivacyEngine:
     @property
     def guarantee(self) -> str:
         """For which neighbouring datasets, under which sampling, epsilon holds."""
-        return "; and ".join(self._guarantees) or "nothing was made private yet"
+        if not self._guarantees:
+            return "nothing was made private yet"
+        said = "; and ".join(self._guarantees)
+        return f"{said}; epsilon counts replacing one" if self.accountant.neighbouring == "replace-one" else said
 
     @property
     def not_finite(self) -> int:

@@ -569,3 +569,14 @@ def test_only_the_records_of_the_users_split_are_served() -> None:
     assert loader.sample_rate == 5 / 25
     assert optimizer.expected_batch_size == 5.0
     assert isinstance(optimizer, DPOptimizer)
+
+
+@pytest.mark.parametrize(("relation", "said"), [("add-or-remove-one", False), ("replace-one", True)])
+def test_the_guarantee_names_what_the_accountant_counts(relation: Any, said: bool) -> None:
+    engine = PrivacyEngine(accountant=RDPAccountant(neighbouring=relation), seed=0)
+    model = nn.Linear(3, 2)
+    engine.make_private(
+        module=model, optimizer=torch.optim.SGD(model.parameters(), lr=0.1), data_loader=None, sample_rate=0.1,
+        expected_batch_size=4, noise_multiplier=1.0, max_grad_norm=1.0,
+    )  # fmt: skip
+    assert ("replacing one" in engine.guarantee) is said
