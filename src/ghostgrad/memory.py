@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from types import TracebackType
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 from ghostgrad.errors import ConfigurationError
 from ghostgrad.sampling import DPDataLoader
+from ghostgrad.sampling._sizes import GrowingSize, meter_of
 from ghostgrad.sampling.poisson import check_count
 
 
@@ -25,8 +26,12 @@ class BatchMemoryManager:
 
     Args:
         data_loader: a private loader, as returned by ``PrivacyEngine.make_private``.
-        max_physical_batch_size: most records in memory at once, at least 1.
+        max_physical_batch_size: most records in memory at once, at least 1; ``"auto"`` begins with small pieces, measures what
+            each needs, and lets them grow as far as ``max_memory`` allows. The steps are the same but for rounding; which
+            sizes came about depends on the machine, so such a run is not repeated bit for bit.
         optimizer: the private optimizer.
+        max_memory: with ``"auto"``, bytes that the forward and backward of one piece may need on top of what is held
+            anyway. Default: 80 % of what is free at the first piece, on the device of the parameters.
 
     Raises:
         ConfigurationError: an argument of another kind or out of range.
@@ -41,7 +46,14 @@ class BatchMemoryManager:
     discarded
     """
 
-    def __init__(self, *, data_loader: DPDataLoader[Any], max_physical_batch_size: int, optimizer: _Discards) -> None:
+    def __init__(
+        self,
+        *,
+        data_loader: DPDataLoader[Any],
+        max_physical_batch_size: int | Literal["auto"],
+        optimizer: _Discards,
+        max_memory: int | None = None,
+    ) -> None:
         if not isinstance(data_loader, DPDataLoader):
             raise ConfigurationError(
                 f"data_loader is a {type(data_loader).__name__} and its batches carry no marks; give the loader that "
@@ -52,8 +64,7 @@ class BatchMemoryManager:
                 f"optimizer is a {type(optimizer).__name__} without discard_partial(); give the optimizer that "
                 "PrivacyEngine.make_private returned."
             )
-        check_count("max_physical_batch_size", max_physical_batch_size)
-        self._loader = data_loader.physical(int(max_physical_batch_size))
+        self._loader = data_loader.physical(_size(max_physical_batch_size, max_memory, optimizer))
         self._optimizer = optimizer
 
     def __enter__(self) -> DPDataLoader[Any]:
@@ -63,3 +74,16 @@ class BatchMemoryManager:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self._optimizer.discard_partial()
+
+
+def _size(size: int | str, max_memory: int | None, optimizer: Any) -> int | GrowingSize:
+    if max_memory is not None:
+        check_count("max_memory", max_memory)
+    if size == "auto":
+        return GrowingSize(max_memory, meter_of(optimizer.params[0].device))
+    if max_memory is not None:
+        raise ConfigurationError(
+            f"max_memory={max_memory} with max_physical_batch_size={size!r}: memory is only looked at with 'auto'. Leave one out."
+        )
+    check_count("max_physical_batch_size", size)  # type: ignore[arg-type]
+    return int(size)

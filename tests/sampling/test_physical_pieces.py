@@ -10,7 +10,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from ghostgrad.keys import RunKey
 from ghostgrad.sampling import DPDataLoader
-from ghostgrad.sampling._deliveries import Share
+from ghostgrad.sampling._deliveries import Share, deliveries
 
 KEY = RunKey.from_seed(21)
 
@@ -106,7 +106,9 @@ def test_length_is_exact_for_own_batches(limit: int, drop_last: bool) -> None:
 @given(records=st.integers(0, 40), size=st.integers(1, 5), limit=st.one_of(st.none(), st.integers(1, 9)))
 def test_all_ranks_get_as_many_pieces_and_together_the_batch(records: int, size: int, limit: int | None) -> None:
     batch = list(range(100, 100 + records))
-    shares = [Share(rank, size).pieces(batch, limit) for rank in range(size)]
+    shares = [
+        [piece.indices for piece in deliveries(iter([batch]), 1, limit, Share(rank, size))] for rank in range(size)
+    ]
     assert len({len(pieces) for pieces in shares}) == 1
     assert sorted(record for pieces in shares for piece in pieces for record in piece) == batch
     for pieces in shares:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
-from itertools import accumulate, count, islice
+from itertools import count, islice
 from typing import NamedTuple, Protocol
 
 from torch.utils.data import BatchSampler, Sampler
@@ -80,20 +80,21 @@ class Share:
     rank: int = 0
     size: int = 1
 
-    def pieces(self, batch: list[int], limit: int | None, start: int = 0) -> list[list[int]]:
-        """The share from its record ``start`` on, in pieces of at most ``limit``; an empty batch is one empty piece.
+    def of(self, batch: list[int]) -> tuple[list[int], int]:
+        """The share, and how many records the largest share has.
 
-        >>> Share(1, 2).pieces([10, 11, 12, 13, 14], 1)
-        [[11], [13], []]
+        >>> Share(1, 2).of([10, 11, 12, 13, 14])
+        ([11, 13], 3)
         """
-        mine, longest = batch[self.rank :: self.size], -(-len(batch) // self.size)
-        if limit is None:
-            return [mine[start:]]
-        return [mine[first : first + limit] for first in range(start, max(longest, 1), limit)]
+        return batch[self.rank :: self.size], -(-len(batch) // self.size)
+
+
+Limit = int | Callable[[], int] | None
+"""Most records of a piece; asked for each piece anew where it is a function; None for whole batches."""
 
 
 def deliveries(
-    batches: Iterator[list[int]], group: int, limit: int | None, share: Share = Share(), start: Place = START
+    batches: Iterator[list[int]], group: int, limit: Limit, share: Share = Share(), start: Place = START
 ) -> Iterator[Delivery]:
     """Join every ``group`` index lists to one logical batch and cut this rank's share of each list to pieces.
 
@@ -105,23 +106,27 @@ def deliveries(
         if not parts:
             return
         within = start if step == start.step else Place(step)
-        pieces = [
-            (records, Place(step, part + done, 0 if done else behind))
-            for part, indices in enumerate(parts)
-            if part >= within.part
-            for records, behind, done in _cut(indices, limit, share, within.records if part == within.part else 0)
-        ]
-        for number, (records, place) in enumerate(pieces):
-            opens = number == 0 and not (within.part or within.records)
-            last = number == len(pieces) - 1
-            yield Delivery(records, opens=opens, last=last, place=Place(step + 1) if last else place)
+        opens = not (within.part or within.records)
+        for part in range(within.part, len(parts)):
+            first = within.records if part == within.part else 0
+            for records, behind, done in _cut(*share.of(parts[part]), limit, first):
+                last = done and part == len(parts) - 1
+                place = Place(step + 1) if last else Place(step, part + done, 0 if done else behind)
+                yield Delivery(records, opens=opens, last=last, place=place)
+                opens = False
 
 
-def _cut(part: list[int], limit: int | None, share: Share, start: int) -> list[tuple[list[int], int, bool]]:
-    """Pieces from record ``start`` on, with the place behind each, and whether it is the end of the part."""
-    pieces = share.pieces(part, limit, start)
-    behind = list(accumulate((len(piece) for piece in pieces), initial=start))[1:]
-    return [(piece, place, piece is pieces[-1]) for piece, place in zip(pieces, behind, strict=True)]
+def _cut(share: list[int], longest: int, limit: Limit, start: int) -> Iterator[tuple[list[int], int, bool]]:
+    """Pieces from record ``start`` on, with the place behind each, and whether it is the end of the part.
+
+    As many as the longest share has; an empty batch is one empty piece, so that no batch is lost.
+    """
+    end = max(longest, 1)
+    while start < end:
+        most = limit() if callable(limit) else limit
+        stop = end if most is None else start + most
+        yield share[start:stop], min(stop, len(share)), stop >= end
+        start = stop
 
 
 class IndexStream(Sampler[list[int]]):

@@ -15,7 +15,7 @@ from ghostgrad.sampling._deliveries import START, BatchSource, Place
 from ghostgrad.sampling._plan import Plan
 from ghostgrad.sampling.feed import Feed
 
-_MIXED = 0
+MIXED = 0
 """The limit of a pass whose pieces were cut in more than one way."""
 
 
@@ -82,7 +82,7 @@ class Passes:
                 torch.set_rng_state(now)
                 self._set(states)
             if limit != current.limit:
-                current.limit = limit if current.place == START else _MIXED
+                current.limit = limit if current.place == START else MIXED
         self._open, self._resumes = current, None
 
     def begin(self, start: Place) -> Iterator[list[int]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, TypeVar
 
 import torch
@@ -14,8 +15,9 @@ from ghostgrad.sampling._batches import EmptyBatch, check_rows
 from ghostgrad.sampling._deliveries import START, CurrentStream, IndexStream, Place, deliveries
 from ghostgrad.sampling._indices import check_indices
 from ghostgrad.sampling._inspect import check_dataset, inspect_loader
-from ghostgrad.sampling._passes import Pass, Passes
+from ghostgrad.sampling._passes import MIXED, Pass, Passes
 from ghostgrad.sampling._plan import Fetching, Plan, key_from, own_plan, plan_like, poisson_plan, steps_at
+from ghostgrad.sampling._sizes import GrowingSize
 from ghostgrad.sampling.feed import Feed
 from ghostgrad.sampling.poisson import check_count, check_rate
 
@@ -71,7 +73,7 @@ class DPDataLoader(DataLoader[T_co]):
     steps_per_epoch: int
     poisson_sampling: bool
     num_records: int
-    _physical: dict[int, DPDataLoader[T_co]]
+    _physical: dict[int | GrowingSize, DPDataLoader[T_co]]
 
     def __init__(
         self,
@@ -167,17 +169,23 @@ class DPDataLoader(DataLoader[T_co]):
         private._open(loader.dataset, plan, Fetching.of(loader), Passes.over(plan, loader.generator), None)
         return private
 
-    def physical(self, max_physical_batch_size: int) -> DPDataLoader[T_co]:
+    def physical(self, max_physical_batch_size: int | GrowingSize) -> DPDataLoader[T_co]:
         """The same passes in pieces of at most ``max_physical_batch_size`` records, with the same ``feed``.
 
         Draws are those of this loader under the same key and pass; every batch gives at least one piece, also an
-        empty one. ``len()`` is the expected number of pieces, rounded.
+        empty one. ``len()`` is the expected number of pieces, rounded; with a size that grows, of batches.
 
         >>> loader = DPDataLoader(list(range(50)), sample_rate=1.0)
         >>> [len(piece) for piece in loader.physical(20)]
         [20, 20, 10]
         """
-        check_count("max_physical_batch_size", max_physical_batch_size)
+        if not isinstance(max_physical_batch_size, GrowingSize):
+            check_count("max_physical_batch_size", max_physical_batch_size)
+        elif self._plan.share.size > 1:
+            raise ConfigurationError(
+                f"pieces whose size follows the memory, on {self._plan.share.size} ranks: they would run the model a different "
+                f"number of times. Give max_physical_batch_size as a number."
+            )
         if max_physical_batch_size not in self._physical:
             # Kept, so that persistent workers live on from one memory manager to the next.
             pieces: DPDataLoader[T_co] = type(self).__new__(type(self))
@@ -186,7 +194,9 @@ class DPDataLoader(DataLoader[T_co]):
             self._physical[max_physical_batch_size] = pieces
         return self._physical[max_physical_batch_size]
 
-    def _open(self, dataset: Dataset[T_co], plan: Plan, fetching: Fetching, passes: Passes, limit: int | None) -> None:
+    def _open(
+        self, dataset: Dataset[T_co], plan: Plan, fetching: Fetching, passes: Passes, size: int | GrowingSize | None
+    ) -> None:
         self._passes, self.feed = passes, passes.feed
         self.sample_rate = plan.sample_rate
         self.expected_batch_size = plan.expected_batch_size
@@ -195,8 +205,8 @@ class DPDataLoader(DataLoader[T_co]):
         self.poisson_sampling = plan.poisson_sampling
         self.num_records = plan.num_records
         self._plan = plan
-        self._limit = limit
-        self._length = plan.parts if limit is None else plan.pieces(limit)
+        self._size = size
+        self._length = plan.pieces(size) if isinstance(size, int) else plan.parts
         self._current = CurrentStream(self._length)
         self._physical = {}
         super().__init__(
@@ -244,12 +254,13 @@ class DPDataLoader(DataLoader[T_co]):
         return self._length
 
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
-        with self._passes.beginning(self._limit) as current:
+        limit = MIXED if isinstance(self._size, GrowingSize) else self._size
+        with self._passes.beginning(limit) as current:
             # Workers draw random numbers of their own for each record they fetch, so what they fetched is fetched again.
-            refetched = current.place if self.num_workers and current.limit == self._limit else START
+            refetched = current.place if self.num_workers and current.limit == limit != MIXED else START
             start = START if refetched != START else current.place
             batches = self._passes.begin(start)
-            stream = IndexStream(deliveries(batches, self.accumulation_steps, self._limit, self._plan.share, start))
+            stream = IndexStream(deliveries(batches, self.accumulation_steps, self._size, self._plan.share, start))
             self._current.stream = stream
             fetched = super().__iter__()
             if current.resumed:
@@ -274,7 +285,8 @@ class DPDataLoader(DataLoader[T_co]):
                         None if piece.opens else logical_batch,
                         records=len(piece.indices), last=piece.last, epoch=current.epoch, place=piece.place,
                     )  # fmt: skip
-                    yield batch
+                    with self._measured(len(piece.indices)):
+                        yield batch
                 if exhausted:
                     return
                 if not stream.pending and stream.look_ahead():
@@ -286,6 +298,9 @@ class DPDataLoader(DataLoader[T_co]):
                     exhausted = True
         finally:
             self._passes.ended(current)
+
+    def _measured(self, records: int) -> AbstractContextManager[None]:
+        return self._size.of_piece(records) if isinstance(self._size, GrowingSize) and records else nullcontext()
 
     @property
     def completed_passes(self) -> int:
