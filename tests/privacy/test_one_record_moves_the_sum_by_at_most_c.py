@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+import random
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -228,10 +230,21 @@ def capacity(m: nn.Module, h: Tensor) -> Tensor:
     return torch.where(((wants.cumsum(0) <= 2) & wants).unsqueeze(1), h, torch.zeros_like(h))
 
 
+def mixed_by_numpy(m: nn.Module, h: Tensor) -> Tensor:
+    share = np.random.beta(1, 1)
+    return share * h + (1 - share) * h[torch.as_tensor(np.random.permutation(len(h)))]
+
+
+def centred_by_python(m: nn.Module, h: Tensor) -> Tensor:
+    return h - random.uniform(0.5, 1) * h.mean(0).detach()
+
+
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize(
     "mix",
     [
+        mixed_by_numpy,
+        centred_by_python,
         centred,
         centred_detached,
         centred_in_training,
@@ -343,6 +356,22 @@ def test_random_numbers_in_the_model_do_not_hide_that_records_meet(mix: Callable
     model = Mixing(lambda m, h: mix(m, h) + 0.1 * torch.randn_like(h) + 0.1 * h * torch.rand(h.shape[1]))
     with pytest.raises(PrivacyError, match="the output for a record changes"):
         released_sum(model, cross_entropy, x, y, "bk")
+
+
+@pytest.mark.parametrize("largest", range(6))
+def test_a_scale_that_one_record_sets_is_refused_whichever_it_is(largest: int) -> None:
+    _, x, y = classifier()
+    x[largest] *= 30
+    with pytest.raises(PrivacyError, match="when another record leaves the batch or changes"):
+        released_sum(Mixing(lambda m, h: h / h.detach().abs().max()), cross_entropy, x, y, "bk")
+
+
+def test_coins_that_python_flips_for_each_record_are_allowed() -> None:
+    _, x, y = classifier()
+    state = random.getstate()
+    model = Mixing(lambda m, h: torch.stack([row * random.choice([-1.0, 1.0]) for row in h]))
+    assert released_sum(model, cross_entropy, x, y, "bk").norm() > 0
+    assert random.getstate() != state
 
 
 def test_a_model_that_draws_for_each_record_is_trained() -> None:
