@@ -30,6 +30,7 @@ class Tape:
         inputs: the root's inputs that require grad, and the leaves that stood in for them inside.
         calls: how many probes of each parameter have not fired yet.
         unproved: the layouts of calls that row isolation was not shown for yet.
+        read: whether the loss whose backward is under way was read down to here.
         done: whether its backward ran; it can run once.
     """
 
@@ -39,6 +40,7 @@ class Tape:
     inputs: list[tuple[Tensor, Tensor]] = field(default_factory=list)
     calls: Counter[nn.Parameter] = field(default_factory=Counter)
     unproved: set[Any] = field(default_factory=set)
+    read: bool = False
     done: bool = False
 
 
