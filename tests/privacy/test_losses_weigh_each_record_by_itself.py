@@ -628,14 +628,16 @@ def test_a_backward_in_another_thread_does_not_hide_a_loss() -> None:
         thread.join()
 
 
-def test_each_private_model_behind_a_loss_is_looked_at() -> None:
-    """Also where the first one had an empty batch."""
+@pytest.mark.parametrize("turned", [False, True])
+def test_each_private_model_behind_a_loss_is_looked_at(turned: bool) -> None:
+    """Also where one had an empty batch, whichever comes first."""
     first, x, y = classifier()
     second, _, _ = classifier()
     first, _, _ = made_private(first)
     second, _, _ = made_private(second, loss_reduction="sum")
     with pytest.raises(PrivacyError, match="loss_reduction='sum'"):
-        (first(x[:0]).sum() + F.cross_entropy(second(x), y)).backward()
+        parts = [first(x[:0]).sum(), F.cross_entropy(second(x), y)]
+        (parts[turned] + parts[not turned]).backward()
 
 
 def test_what_is_added_to_a_criterion_is_read_too() -> None:
