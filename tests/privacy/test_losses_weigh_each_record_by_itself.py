@@ -611,6 +611,23 @@ def test_another_loss_after_the_first_batch_is_looked_at_too() -> None:
         (out - out.mean(0)).square().mean().backward()
 
 
+def test_a_criterion_that_turns_to_comparing_records_is_refused() -> None:
+    """Its numbers stay the same."""
+    model, x, _ = classifier()
+    compares = False
+
+    def criterion(out: Tensor, target: Tensor) -> Tensor:
+        return F.l1_loss(out, out.roll(1, 0) if compares else target)
+
+    model, optimizer, watched, _ = made_private(model, criterion=criterion)
+    watched(model(x), x[:, :3]).backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    compares = True
+    with pytest.raises(PrivacyError, match="compares records"):
+        watched(model(x.clone()), x[:, :3]).backward()
+
+
 def test_a_backward_in_another_thread_does_not_hide_a_loss() -> None:
     model, x, y = classifier()
     model, _, _ = made_private(model)
@@ -635,8 +652,8 @@ def test_each_private_model_behind_a_loss_is_looked_at(turned: bool) -> None:
     second, _, _ = classifier()
     first, _, _ = made_private(first)
     second, _, _ = made_private(second, loss_reduction="sum")
+    parts = [first(x[:0]).sum(), F.cross_entropy(second(x), y)]
     with pytest.raises(PrivacyError, match="loss_reduction='sum'"):
-        parts = [first(x[:0]).sum(), F.cross_entropy(second(x), y)]
         (parts[turned] + parts[not turned]).backward()
 
 

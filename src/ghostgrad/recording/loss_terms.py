@@ -97,7 +97,7 @@ def check(root: Any, nodes: Sequence[Any], n: int, delivered: int, knowledge: An
         knowledge: what was declared and seen before (`LossKnowledge`).
 
     Returns:
-        What the loss adds up.
+        What the loss adds up, and what the criteria in it do.
 
     Raises:
         PrivacyError: saying which part is not a mean (sum) of the records' own losses.
@@ -117,7 +117,7 @@ def check(root: Any, nodes: Sequence[Any], n: int, delivered: int, knowledge: An
         for term in terms:
             loss_constants.check(term, n, delivered)
     _check_numbers(terms, knowledge, reader.opened)
-    return terms
+    return [*terms, *reader.unopened]
 
 
 _EVIDENCE = "ghostgrad evidence"
@@ -145,6 +145,8 @@ class _Reader:
 
     def __init__(self, leading: set[Any], n: int, knowledge: Any) -> None:
         self._leading, self._n, self._knowledge = leading, n, knowledge
+        self.unopened: list[Term] = []
+        """What criteria add up that were taken for what they had been shown to be, by their numbers."""
         self.opened = False
         """Whether a criterion was read like the rest because one record cannot be taken apart: its numbers are then met."""
         self._readers: dict[str, Callable[[Any, Scale], list[_Part] | Term]] = {
@@ -186,6 +188,7 @@ class _Reader:
             return shown
         known = _numbers_of(inside)
         if all(term.is_mean == shown.is_mean for term in inside) and _same(known, self._knowledge.shown):
+            self.unopened += inside
             return shown
         if not evidence.shown():
             self.opened = self._n == 1
