@@ -231,6 +231,22 @@ def test_augmenting_a_batch_to_more_rows_is_refused() -> None:
         backward(module, torch.cat([x, x + 0.1]), torch.cat([y, y]))
 
 
+@pytest.mark.parametrize("first", [0, 1])
+def test_gradients_may_be_cleared_between_forward_and_backward(first: int) -> None:
+    """Also when the first batch had too few records to show how the model is to be read."""
+    module = nn.Linear(3, 2)
+    module, optimizer, _ = PrivacyEngine(seed=0).make_private(
+        module=module, optimizer=torch.optim.SGD(module.parameters(), lr=0.1), data_loader=None, sample_rate=0.5,
+        expected_batch_size=4.0, noise_multiplier=1.0, max_grad_norm=1.0,
+    )  # fmt: skip
+    for size in (first, 5, 4):
+        loss = F.cross_entropy(module(torch.ones(size, 3)), torch.zeros(size, dtype=torch.long))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert optimizer.steps == 3
+
+
 def test_two_batches_in_one_backward_are_refused() -> None:
     _, module, _, loader = make()
     batches = iter(loader)

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import contextlib
+import math
+import threading
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from leave_one_out import MODES, C, Loss, classifier, made_private, released_sum, sensitivity
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from ghostgrad import ConfigurationError, PrivacyEngine, PrivacyError, UnsupportedModuleError
 
@@ -117,10 +121,85 @@ def masked_by_hand(m: nn.Module, x: Tensor, y: Tensor) -> Tensor:
     return (F.cross_entropy(m(x), y, reduction="none") * mask).sum() / mask.sum()
 
 
+def shifted(m: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+    """Absolute differences have no second derivative."""
+    out = m(x)
+    return F.l1_loss(out, out.roll(1, 0))
+
+
+def ranked_in_pairs(m: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+    scores = m(x)[:, 0]
+    return F.margin_ranking_loss(scores, scores.flip(0), torch.ones(len(x)).double(), margin=1.0)
+
+
+def centred_in_the_loss_without_a_second_derivative(m: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+    out = m(x)
+    return (out - out.mean(0)).abs().mean()
+
+
+def weighted_among_each_other(m: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+    """`multi_margin_loss` cannot be differentiated twice."""
+    each = F.multi_margin_loss(m(x), y, reduction="none")
+    return (each.softmax(0) * each).mean()
+
+
+def averaged_by_class(m: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+    whose = F.one_hot(y, 3).double()
+    each = F.cross_entropy(m(x), y, reduction="none").unsqueeze(1)
+    return ((each * whose).sum(0) / whose.sum(0).clamp(min=1)).mean()
+
+
+def scaled_by_addcmul(m: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+    inverse = 1 / (y != 2).double().sum()
+    return torch.addcmul(torch.zeros(()).double(), F.cross_entropy(m(x), y), inverse)
+
+
+def divided_by_addcdiv(m: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+    each = F.cross_entropy(m(x), y, reduction="none")
+    return torch.addcdiv(torch.zeros_like(each), each, (y != 2).double().sum()).mean()
+
+
+def loop_over_some(m: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+    return torch.stack([F.cross_entropy(o, t) for o, t in zip(m(x), y, strict=True) if t != 2]).mean()
+
+
+def loop_that_adds_up(m: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+    return sum((F.cross_entropy(o, t) for o, t in zip(m(x), y, strict=True)), torch.zeros(()))
+
+
+def through_many_operations(m: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+    loss = class_weighted(m, x, y)
+    for _ in range(10_001):
+        loss = loss * 1.0
+    return loss
+
+
+def model_in_reentrant_checkpointing(m: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+    out = checkpoint(m, x.clone().requires_grad_(), use_reentrant=True)
+    return F.cross_entropy(out, y, weight=torch.tensor([1.0, 5.0, 20.0], dtype=torch.float64))
+
+
+def loss_in_reentrant_checkpointing(m: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+    each = checkpoint(lambda out: F.cross_entropy(out, y, reduction="none") / (y != 2).sum(), m(x), use_reentrant=True)
+    return each.mean()
+
+
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize(
     "loss",
     [
+        shifted,
+        ranked_in_pairs,
+        centred_in_the_loss_without_a_second_derivative,
+        weighted_among_each_other,
+        averaged_by_class,
+        scaled_by_addcmul,
+        divided_by_addcdiv,
+        loop_over_some,
+        loop_that_adds_up,
+        through_many_operations,
+        model_in_reentrant_checkpointing,
+        loss_in_reentrant_checkpointing,
         class_weighted,
         ignoring,
         masked_by_hand,
@@ -149,9 +228,10 @@ def masked_by_hand(m: nn.Module, x: Tensor, y: Tensor) -> Tensor:
 )
 def test_a_loss_in_which_records_touch_each_other_is_refused(mode: str, loss: Loss) -> None:
     model, x, y = classifier()
-    with pytest.raises(
-        PrivacyError, match=r"^the loss(, one number by then, is| is| compares| applies| has a tensor| ranks)"
-    ):
+    reasons = (
+        r"^the loss(, one number by then, is| is| compares| applies| has a tensor| ranks)|re-entrant checkpointing"
+    )
+    with pytest.raises(PrivacyError, match=reasons):
         released_sum(model, loss, x, y, mode)
 
 
@@ -180,6 +260,15 @@ TORCH_LOSSES = {
     "record by record": lambda out, x, y: torch.stack(
         [F.mse_loss(o, t[:3]) for o, t in zip(out, x, strict=True)]
     ).mean(),
+    "record by record by hand": lambda out, x, y: (
+        sum((2 * (o - t[:3])).square().mean().sqrt() for o, t in zip(out, x, strict=True)) / len(x)
+    ),
+    "records in the second dimension": lambda out, x, y: (out.T - x[:, :3].T).abs().mean(),
+    "records as the faster index": lambda out, x, y: F.cross_entropy(
+        torch.stack([out, 2 * out]).flatten(0, 1), y.repeat(2)
+    ),
+    "pairs within a record": lambda out, x, y: F.l1_loss(out[:, 0], out[:, 1]),
+    "nothing of another part": lambda out, x, y: F.cross_entropy(out, y) + 0.0 * out.sum(),
     "a long sum": lambda out, x, y: sum((F.mse_loss(out, x[:, :3]) / 1200 for _ in range(1200)), torch.zeros(())),
     "two terms": lambda out, x, y: 0.7 * F.cross_entropy(out, y) + F.mse_loss(out, x[:, :3]) / 3,
     "stacked": lambda out, x, y: torch.stack([F.cross_entropy(out, y), out.square().mean()]).sum(),
@@ -266,7 +355,26 @@ def test_a_count_over_a_count_is_not_hidden_by_writing_two_numbers() -> None:
 
 
 @pytest.mark.parametrize(
-    "factor", [0.5, 0.1, 2.0, 2.5, 100.0, 1e-4, 0.00025, 1 / 3, 1 / 60_000, 1 / 768**0.5, 768**0.5, 0.123, -0.2]
+    "factor",
+    [
+        1 / math.log(2),
+        0.5 / math.log(10),
+        1 / (2 * math.pi),
+        1 / math.sqrt(2 * math.pi),
+        0.5,
+        0.1,
+        2.0,
+        2.5,
+        100.0,
+        1e-4,
+        0.00025,
+        1 / 3,
+        1 / 60_000,
+        1 / 768**0.5,
+        768**0.5,
+        0.123,
+        -0.2,
+    ],
 )
 def test_a_factor_that_somebody_would_write_is_not_refused(factor: float) -> None:
     model, x, y = classifier()
@@ -436,6 +544,117 @@ def test_a_criterion_is_taken_apart_in_every_batch_when_its_graph_says_nothing()
         with pytest.raises(PrivacyError, match="taken apart") if refused else contextlib.nullcontext():
             loss.backward()
         optimizer.zero_grad()
+
+
+class OpaqueMean(torch.autograd.Function):
+    """A loss of which autograd's graph shows nothing."""
+
+    @staticmethod
+    def forward(ctx: Any, out: Tensor, target: Tensor) -> Tensor:
+        ctx.save_for_backward(out, target)
+        return (out - target).square().mean()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        out, target = ctx.saved_tensors
+        return grad * 2 * (out - target) / out.numel(), None
+
+
+CRITERIA = {
+    "opaque": OpaqueMean.apply,
+    "squares": lambda out, target: (out - target).square().mean(),
+    "smoothed": lambda out, target: F.cross_entropy(out, target.argmax(1), label_smoothing=0.1),
+}
+
+
+@pytest.mark.parametrize("sizes", [(6, 1, 4), (1, 6, 1)], ids=str)
+@pytest.mark.parametrize("name", CRITERIA)
+def test_a_criterion_may_meet_one_record_alone(name: str, sizes: tuple[int, ...]) -> None:
+    """The last piece of a memory manager often has one."""
+    model, x, _ = classifier()
+    model, optimizer, watched, _ = made_private(model, criterion=lambda out, target: CRITERIA[name](out, target))
+    for size in sizes:
+        watched(model(x[:size].clone()), x[:size, :3]).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_a_loop_over_the_records_may_meet_batches_of_all_sizes(reduction: str) -> None:
+    model, x, y = classifier()
+    model, optimizer, _ = made_private(model, loss_reduction=reduction)
+    for size in (6, 4, 1, 5):
+        each = [F.cross_entropy(out, target) for out, target in zip(model(x[:size].clone()), y[:size], strict=True)]
+        (torch.stack(each).mean() if reduction == "mean" else torch.stack(each).sum()).backward()
+        assert optimizer.total.holds
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def test_vectors_of_sums_over_the_batch_are_not_multiplied_by_what_was_counted() -> None:
+    model, x, y = classifier()
+    model, _, _ = made_private(model, loss_reduction="sum")
+    whose = F.one_hot(y, 3).double()
+    by_class = (F.cross_entropy(model(x), y, reduction="none").unsqueeze(1) * whose).sum(0)
+    with pytest.raises(PrivacyError, match="a product of vectors"):
+        by_class.dot(1 / whose.sum(0)).backward()
+
+
+def test_another_loss_after_the_first_batch_is_looked_at_too() -> None:
+    model, x, _ = classifier()
+    model, optimizer, _ = made_private(model)
+    (model(x) - x[:, :3]).square().mean().backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    out = model(x.clone())
+    with pytest.raises(PrivacyError, match="compares records"):
+        (out - out.mean(0)).square().mean().backward()
+
+
+def test_a_criterion_that_turns_to_comparing_records_is_refused() -> None:
+    """Its numbers stay the same."""
+    model, x, _ = classifier()
+    compares = False
+
+    def criterion(out: Tensor, target: Tensor) -> Tensor:
+        return F.l1_loss(out, out.roll(1, 0) if compares else target)
+
+    model, optimizer, watched, _ = made_private(model, criterion=criterion)
+    watched(model(x), x[:, :3]).backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    compares = True
+    with pytest.raises(PrivacyError, match="compares records"):
+        watched(model(x.clone()), x[:, :3]).backward()
+
+
+def test_a_backward_in_another_thread_does_not_hide_a_loss() -> None:
+    model, x, y = classifier()
+    model, _, _ = made_private(model)
+    running, over = threading.Event(), threading.Event()
+    other = torch.ones(1, requires_grad=True) * 2
+    other.register_hook(lambda grad: (running.set(), over.wait(60), grad)[2])
+    thread = threading.Thread(target=other.sum().backward)
+    thread.start()
+    try:
+        assert running.wait(60)
+        with pytest.raises(PrivacyError, match="weighted by class"):
+            class_weighted(model, x, y).backward()
+    finally:
+        over.set()
+        thread.join()
+
+
+@pytest.mark.parametrize("turned", [False, True])
+def test_each_private_model_behind_a_loss_is_looked_at(turned: bool) -> None:
+    """Also where one had an empty batch, whichever comes first."""
+    first, x, y = classifier()
+    second, _, _ = classifier()
+    first, _, _ = made_private(first)
+    second, _, _ = made_private(second, loss_reduction="sum")
+    parts = [first(x[:0]).sum(), F.cross_entropy(second(x), y)]
+    with pytest.raises(PrivacyError, match="loss_reduction='sum'"):
+        (parts[turned] + parts[not turned]).backward()
 
 
 def test_what_is_added_to_a_criterion_is_read_too() -> None:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import random
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -228,10 +231,37 @@ def capacity(m: nn.Module, h: Tensor) -> Tensor:
     return torch.where(((wants.cumsum(0) <= 2) & wants).unsqueeze(1), h, torch.zeros_like(h))
 
 
+def mixed_by_numpy(m: nn.Module, h: Tensor) -> Tensor:
+    share = np.random.beta(1, 1)
+    return share * h + (1 - share) * h[torch.as_tensor(np.random.permutation(len(h)))]
+
+
+def centred_by_python(m: nn.Module, h: Tensor) -> Tensor:
+    return h - random.uniform(0.5, 1) * h.mean(0).detach()
+
+
+OWN = np.random.default_rng(0)
+OWN_TORCH = torch.Generator().manual_seed(0)
+
+
+def mixed_by_a_generator_of_its_own(m: nn.Module, h: Tensor) -> Tensor:
+    share = OWN.beta(1, 1)
+    return share * h + (1 - share) * h[torch.as_tensor(OWN.permutation(len(h)))]
+
+
+def noisy_by_a_torch_generator_of_its_own(m: nn.Module, h: Tensor) -> Tensor:
+    """Which batch it is drawn for cannot be told, though records do not mix."""
+    return h * (1 + OWN_TORCH.seed() % 7)
+
+
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize(
     "mix",
     [
+        mixed_by_a_generator_of_its_own,
+        noisy_by_a_torch_generator_of_its_own,
+        mixed_by_numpy,
+        centred_by_python,
         centred,
         centred_detached,
         centred_in_training,
@@ -343,6 +373,41 @@ def test_random_numbers_in_the_model_do_not_hide_that_records_meet(mix: Callable
     model = Mixing(lambda m, h: mix(m, h) + 0.1 * torch.randn_like(h) + 0.1 * h * torch.rand(h.shape[1]))
     with pytest.raises(PrivacyError, match="the output for a record changes"):
         released_sum(model, cross_entropy, x, y, "bk")
+
+
+@pytest.mark.parametrize("largest", range(6))
+def test_a_scale_that_one_record_sets_is_refused_whichever_it_is(largest: int) -> None:
+    _, x, y = classifier()
+    x[largest] *= 30
+    with pytest.raises(PrivacyError, match="when another record leaves the batch or changes"):
+        released_sum(Mixing(lambda m, h: h / h.detach().abs().max()), cross_entropy, x, y, "bk")
+
+
+@pytest.mark.parametrize("mixes", [False, True])
+def test_dropout_inside_a_recurrent_kernel_neither_hides_mixing_nor_forbids_a_model(mixes: bool) -> None:
+    """Its draws are not calls that could be left out."""
+
+    class Layered(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.lstm = nn.LSTM(5, 3, num_layers=2, dropout=0.5, batch_first=True).double()
+
+        def forward(self, x: Tensor) -> Tensor:
+            h = self.lstm(x.unsqueeze(1).expand(-1, 4, -1))[0][:, -1]
+            return h - h.mean(0).detach() if mixes else h
+
+    torch.manual_seed(0)
+    _, x, y = classifier()
+    with pytest.raises(PrivacyError, match="leaves the batch") if mixes else contextlib.nullcontext():
+        assert float(released_sum(Layered(), cross_entropy, x, y, "bk").norm()) > 0
+
+
+def test_coins_that_python_flips_for_each_record_are_allowed() -> None:
+    _, x, y = classifier()
+    state = random.getstate()
+    model = Mixing(lambda m, h: torch.stack([row * random.choice([-1.0, 1.0]) for row in h]))
+    assert released_sum(model, cross_entropy, x, y, "bk").norm() > 0
+    assert random.getstate() != state
 
 
 def test_a_model_that_draws_for_each_record_is_trained() -> None:

@@ -13,6 +13,8 @@ from ghostgrad.recording.loss_graph import is_python_number
 
 _RELATIVE = 1e-6
 _DIGITS = 3
+_NAMED = (1.0, math.log(2), math.log(10), math.pi, math.sqrt(math.pi))
+"""Constants that are written by name: nats to bits, the normaliser of a Gaussian."""
 
 
 def check(term: Any, n: int, delivered: int) -> None:
@@ -56,8 +58,11 @@ def check(term: Any, n: int, delivered: int) -> None:
 
 
 def _is_written_by_hand(number: float) -> bool:
-    """Whether it is a short decimal, a whole number, its root, or one over these two: a ratio of counts only by chance."""
-    size = abs(number)
+    """Whether it is a short decimal, a whole number, its root, or one over these two, times or over a constant with a name."""
+    return any(_is_plain(abs(number) * named) or _is_plain(abs(number) / named) for named in _NAMED)
+
+
+def _is_plain(size: float) -> bool:
     inverse = 1 / size if size else 0.0
     values = (size, inverse, size * size, inverse * inverse)
     return _is_short(size) or any(_same(value, round(value)) for value in values if 0.5 < value < 1e6)

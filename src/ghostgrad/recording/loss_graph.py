@@ -11,8 +11,8 @@ from torch import Tensor
 from ghostgrad.recording.scalers import is_scaled
 
 BOUNDARY = "BoundaryBackward"
-_MOST_NODES = 10_000
-"""Further nodes are not looked at: behind so many there is another network, not a loss."""
+MOST_NODES = 1_000_000
+"""Further nodes are not looked at; a loss of so many is not taken for read."""
 _SCALARS = ("_saved_alpha", "_saved_exponent", "_saved_other", "_saved_self")
 """Where a whole number is a number, and not a dimension or a size."""
 _saved: dict[str, tuple[str, ...]] = {}
@@ -27,7 +27,7 @@ def below(node: Any) -> Iterator[Any]:
     """The nodes from this one down, this one included."""
     seen: set[Any] = set()
     todo: list[Any] = [node]
-    while todo and len(seen) < _MOST_NODES:
+    while todo and len(seen) < MOST_NODES:
         node = todo.pop()
         if node is None or node in seen:
             continue

@@ -28,6 +28,13 @@ _RESHAPING = (
     "Squeeze",
 )
 """Operations that give the same elements other dimensions."""
+_OPERANDS = {
+    "AddcmulBackward0": ("_saved_tensor1", "_saved_tensor2"),
+    "AddcdivBackward0": ("_saved_tensor1", "_saved_tensor2"),
+    "LerpBackward1": ("_saved_weight",),
+    "PowBackward1": ("_saved_exponent",),
+}
+"""Where other operations than products and quotients keep what they multiply elements by."""
 _RANKING = frozenset(
     {
         "Topk", "Sort", "Kthvalue", "Max", "Min", "Amax", "Amin", "Aminmax", "Mode", "Median", "Nanmedian", "Cumsum", "Cumprod",
@@ -62,6 +69,15 @@ def _check_divisor(node: Any) -> None:
     name = node.name()
     if name.startswith("NllLoss") and node._saved_reduction == _MEAN:
         _check_cross_entropy(node)
+    if name == "CheckpointFunctionBackward":
+        raise PrivacyError(
+            "part of the loss runs in re-entrant checkpointing, which hides what it does with the records. Use "
+            "checkpoint(..., use_reentrant=False), or compute the loss outside."
+        )
+    for attribute in _OPERANDS.get(name, ()):
+        operand = getattr(node, attribute)
+        if isinstance(operand, Tensor) and operand.numel() == 1 and not operand.requires_grad:
+            _refuse_unless_number(operand)
     if name == "MulBackward0" and node._input_metadata[0].shape and not is_scaled(node):
         for constant in (node._saved_self, node._saved_other):
             if constant is not None and constant.numel() == 1 and not constant.requires_grad:

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from ghostgrad.errors import PrivacyError
-from ghostgrad.recording import loss_constants
+from ghostgrad.recording import loss_constants, separable
 from ghostgrad.recording.loss_graph import BOUNDARY, below, is_python_number, numbers, shapes
 from ghostgrad.recording.scalers import is_scaled
 
@@ -22,6 +22,9 @@ _PASSING = (
     "Unsafe", "Unsqueeze", "View",
 )  # fmt: skip
 """Nodes that do not change what a scalar is worth."""
+
+_REDUCING = ("Mean", "Sum", "Dot")
+_PICKING = ("Select", "Unbind", "Slice", "Split", "Index")
 
 _RELATIVE = 1e-6
 
@@ -71,7 +74,8 @@ class Term(NamedTuple):
         is_mean: whether it is a mean; also a sum that is divided by the number of its records or elements.
         numbers: the Python numbers inside of it.
         written: the numbers that the user multiplied it by, but for that divisor.
-        inside: the nodes between the reduction and the model.
+        inside: the nodes between the reduction and the model, the reduction first.
+        of_one: whether it is about one record of several (a loop over the records).
     """
 
     factor: float
@@ -79,9 +83,10 @@ class Term(NamedTuple):
     numbers: tuple[float, ...] = ()
     written: tuple[float, ...] = ()
     inside: tuple[Any, ...] = ()
+    of_one: bool = False
 
 
-def check(root: Any, nodes: Sequence[Any], n: int, delivered: int, knowledge: Any) -> None:
+def check(root: Any, nodes: Sequence[Any], n: int, delivered: int, knowledge: Any) -> list[Term]:
     """Hold a loss to the declared reduction, with numbers that are the same for every batch.
 
     Args:
@@ -91,11 +96,15 @@ def check(root: Any, nodes: Sequence[Any], n: int, delivered: int, knowledge: An
         delivered: the records in the batch that the private loader handed out; n without one.
         knowledge: what was declared and seen before (`LossKnowledge`).
 
+    Returns:
+        What the loss adds up, and what the criteria in it do.
+
     Raises:
         PrivacyError: saying which part is not a mean (sum) of the records' own losses.
     """
+    reader = _Reader(set(nodes), n, knowledge)
     try:
-        terms = _Reader(set(nodes), n, knowledge).terms(root)
+        terms = reader.terms(root)
     except _NotUnderstood as unknown:
         raise PrivacyError(
             f"the loss applies {unknown} to a number that is already taken over the batch, so how much a record counts "
@@ -104,10 +113,11 @@ def check(root: Any, nodes: Sequence[Any], n: int, delivered: int, knowledge: An
         ) from None
     for term in terms:
         _check_reduction(term, n, knowledge.reduction)
-    if knowledge.numbers is None:
+    if reader.opened not in knowledge.numbers:
         for term in terms:
             loss_constants.check(term, n, delivered)
-    _check_numbers(terms, knowledge)
+    _check_numbers(terms, knowledge, reader.opened)
+    return [*terms, *reader.unopened]
 
 
 _EVIDENCE = "ghostgrad evidence"
@@ -135,6 +145,10 @@ class _Reader:
 
     def __init__(self, leading: set[Any], n: int, knowledge: Any) -> None:
         self._leading, self._n, self._knowledge = leading, n, knowledge
+        self.unopened: list[Term] = []
+        """What criteria add up that were taken for what they had been shown to be, by their numbers."""
+        self.opened = False
+        """Whether a criterion was read like the rest because one record cannot be taken apart: its numbers are then met."""
         self._readers: dict[str, Callable[[Any, Scale], list[_Part] | Term]] = {
             "Add": self._sum,
             "Sub": self._sum,
@@ -144,7 +158,7 @@ class _Reader:
             "Div": self._quotient,
             "Mean": self._reduction,
             "Sum": self._reduction,
-            "Dot": lambda node, scale: self._term(node, scale, is_mean=False, elements=0),
+            "Dot": self._dot,
         }
 
     def terms(self, root: Any, *, inside: bool = False) -> list[Term]:
@@ -156,7 +170,7 @@ class _Reader:
             if node not in self._leading or node.name() == BOUNDARY:
                 continue  # not about records; or a scalar output, which the recorder refuses
             evidence = None if inside and node is root else evidence_at(node)
-            read = self._read(node, scale) if evidence is None else self._criterion(node, scale, evidence)
+            read = self._one_or_more(node, scale) if evidence is None else self._criterion(node, scale, evidence)
             if isinstance(read, Term):
                 found.append(read)
             else:
@@ -169,42 +183,71 @@ class _Reader:
         try:
             inside = self.terms(node, inside=True)
         except _NotUnderstood:
-            if not evidence.shown():
+            if self._n > 1 and not evidence.shown():  # one record has nobody to compare with
                 raise
             return shown
         known = _numbers_of(inside)
         if all(term.is_mean == shown.is_mean for term in inside) and _same(known, self._knowledge.shown):
+            self.unopened += inside
             return shown
         if not evidence.shown():
-            return self._read(node, scale)
+            self.opened = self._n == 1
+            return self._one_or_more(node, scale)
         self._knowledge.shown = known
         return shown
+
+    def _one_or_more(self, node: Any, scale: Scale) -> list[_Part] | Term:
+        """What a node puts out, seen as one record's own loss where it is that (a loop over the records)."""
+        try:
+            read = self._read(node, scale)
+        except _NotUnderstood:
+            if self._n > 1 and not self._is_of_one(node):
+                raise
+            return self._of_one(node, scale)
+        reduces = isinstance(read, Term) or _operation(node.name()) in ("Mean", "Sum")
+        return self._of_one(node, scale) if reduces and self._n > 1 and self._is_of_one(node) else read
+
+    def _is_of_one(self, node: Any) -> bool:
+        inside = [each for each in below(node) if each in self._leading]
+        boundaries = [each for each in inside if each.name() == BOUNDARY]
+        return any(_picks_records(each) for each in inside) and separable.reaches_one(node, boundaries, self._n)
+
+    def _of_one(self, node: Any, scale: Scale) -> Term:
+        inside = tuple(each for each in below(node) if each in self._leading)
+        inner, scale = self._drawn(node, scale)
+        mean = scale.without((self._n,)) if self._knowledge.reduction == "mean" else None
+        factor, written, _ = scale if mean is None else mean
+        return Term(factor, mean is not None, inner, written, inside, of_one=True)
 
     def _read(self, node: Any, scale: Scale) -> list[_Part] | Term:
         name = node.name()
         reduction = getattr(node, "_saved_reduction", None)
         if reduction in (_MEAN, _SUM):
             return self._term(node, scale, is_mean=reduction == _MEAN, elements=_summed(node))
-        for prefix, read in self._readers.items():
-            if name.startswith(prefix):
-                return read(node, scale)
+        read = self._readers.get(_operation(name))
+        if read is not None:
+            return read(node, scale)
         if name.startswith(_PASSING):
             return self._children(node, scale)
-        raise _NotUnderstood(name.removesuffix("0").removesuffix("1").removesuffix("Backward"))
+        raise _NotUnderstood(_operation(name))
 
     def _term(self, node: Any, scale: Scale, *, is_mean: bool, elements: int) -> Term:
         """What a node reduces, with the numbers that its elements are multiplied by drawn out."""
         inside = tuple(each for each in below(node) if each in self._leading)
-        last = node if hasattr(node, "_saved_reduction") else None
-        while last is None:
-            (node, *others) = [child for child, _ in node.next_functions if child in self._leading] or [None]
-            drawn = None if node is None or others else _elementwise_factor(node, scale)
-            last, scale = (node, scale) if drawn is None else (None, drawn)
-        inner = tuple(number for each in below(last) if each in self._leading for number in numbers(each))
+        inner, scale = self._drawn(node, scale)
         mean = scale.without((self._n, elements)) if not is_mean and self._knowledge.reduction == "mean" else None
         if mean is not None:
             return Term(mean.factor, True, inner, mean.written, inside)
         return Term(scale.factor, is_mean, inner, scale.written, inside)
+
+    def _drawn(self, node: Any, scale: Scale) -> tuple[tuple[float, ...], Scale]:
+        """The numbers inside of what a node reduces, but for those that its elements are multiplied by: these go to the scale."""
+        last = node if hasattr(node, "_saved_reduction") or _operation(node.name()) not in _REDUCING else None
+        while last is None:
+            (node, *others) = [child for child, _ in node.next_functions if child in self._leading] or [None]
+            drawn = None if node is None or others else _elementwise_factor(node, scale)
+            last, scale = (node, scale) if drawn is None else (None, drawn)
+        return tuple(number for each in below(last) if each in self._leading for number in numbers(each)), scale
 
     def _children(self, node: Any, scale: Scale) -> list[_Part]:
         return [(child, scale) for child, _ in node.next_functions if child is not None]
@@ -240,9 +283,18 @@ class _Reader:
             raise _NotUnderstood("a quotient")
         divisor = node._saved_other
         if isinstance(divisor, Tensor) and not is_python_number(divisor):
+            if divisor.numel() > 1:
+                raise _NotUnderstood("a quotient by a tensor of several numbers (counts by class or by position)")
             # `loss_selections` saw that it is the number of summed elements.
             return self._term(children[0], scale, is_mean=True, elements=0)
         return [(children[0], scale.over(float(divisor)))]
+
+    def _dot(self, node: Any, scale: Scale) -> list[_Part] | Term:
+        """A product of two vectors over the records; over anything else its weights would be those of sums over the batch."""
+        children = [child for child, _ in node.next_functions if child is not None and child in self._leading]
+        if any(shapes(child)[0].numel() % self._n or self._is_over_the_batch_already(node) for child in children):
+            raise _NotUnderstood("a product of vectors")
+        return self._term(node, scale, is_mean=False, elements=0)
 
     def _reduction(self, node: Any, scale: Scale) -> list[_Part] | Term:
         sizes, is_mean = node._saved_self_sym_sizes, node.name().startswith("Mean")
@@ -263,6 +315,16 @@ class _Reader:
             node = children[0]
             if _reduces_dim_0(node, self._n):
                 return True
+
+
+def _picks_records(node: Any) -> bool:
+    """Whether a node may take single records out of a batch."""
+    return node.name().startswith(_PICKING) and getattr(node, "_saved_dim", 0) == 0
+
+
+def _operation(name: str) -> str:
+    """``Mul`` of ``MulBackward0``."""
+    return name.rstrip("0123456789").removesuffix("Backward")
 
 
 def _elementwise_factor(node: Any, scale: Scale) -> Scale | None:
@@ -304,6 +366,8 @@ def _summed(node: Any) -> int:
 def _check_reduction(term: Term, n: int, reduction: str) -> None:
     """A term must be what was declared; a hand-made divisor is accepted only where it is the number of records or elements."""
     undone = abs(term.factor) * n
+    if term.factor == 0:
+        return  # it adds nothing, whatever it is over
     if n == 1 and (reduction == "sum" or math.isclose(abs(term.factor), 1.0, rel_tol=_RELATIVE)):
         return  # of one record the mean is the sum
     if reduction == "sum" and (term.is_mean or math.isclose(undone, 1.0, rel_tol=_RELATIVE)):
@@ -326,13 +390,13 @@ def _check_reduction(term: Term, n: int, reduction: str) -> None:
     )
 
 
-def _check_numbers(terms: list[Term], knowledge: Any) -> None:
+def _check_numbers(terms: list[Term], knowledge: Any, opened: bool) -> None:
     """The numbers in a loss must not change from batch to batch: a count that was made a Python number leaves no other trace."""
     found = _numbers_of(terms)
-    if knowledge.numbers is None:
-        knowledge.numbers = found
+    if opened not in knowledge.numbers:
+        knowledge.numbers[opened] = found
         _hint_at_double_division([term.factor for term in terms], knowledge.accumulation_steps)
-    if not _same(found, knowledge.numbers):
+    if not _same(found, knowledge.numbers[opened]):
         raise PrivacyError(
             "the numbers in the loss are others than in an earlier batch: factors, or which terms there are. If they were "
             "counted in the batch, a record weighs more or less with the others that are there, and clipping does not bound "
@@ -342,8 +406,10 @@ def _check_numbers(terms: list[Term], knowledge: Any) -> None:
 
 
 def _numbers_of(terms: Sequence[Term]) -> list[float]:
-    """All numbers in the terms, in their order."""
-    return [number for term in terms for number in (term.factor, *term.numbers)]
+    """All numbers in the terms, in their order; those of a loop over the records once."""
+    found = [((term.factor, *term.numbers), term.of_one) for term in terms]
+    once = [numbers for i, (numbers, of_one) in enumerate(found) if not of_one or found.index((numbers, True)) == i]
+    return [number for numbers in once for number in numbers]
 
 
 def _same(found: Sequence[float], before: Sequence[float] | None) -> bool:

@@ -8,7 +8,7 @@ torch has no hook for the start of a backward; therefore `torch.autograd.backwar
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ghostgrad.errors import PrivacyError
 from ghostgrad.recording import loss_selections, loss_terms, separable
-from ghostgrad.recording.loss_graph import BOUNDARY, leading_to, nodes_of
+from ghostgrad.recording.loss_graph import BOUNDARY, MOST_NODES, leading_to, nodes_of
 from ghostgrad.recording.scalers import scale_in, scalers
 
 
@@ -28,8 +28,8 @@ class LossKnowledge:
     Attributes:
         reduction: the declared one.
         accumulation_steps: loader batches that make up one logical batch.
-        separable: whether the gradient of a record's outputs was shown not to depend on other records' outputs.
-        numbers: the Python numbers in the loss, as first seen; None before.
+        separable: the kinds of losses that were shown to take each record by itself, by the operations in them.
+        numbers: the Python numbers in the loss, as first seen; by whether a criterion was read like the rest, of one record.
         shown: the same inside the criterion, when it was last taken apart on values.
         unpaired_sizes: sizes of batches in which no tensor of the loss had two dimensions of that size.
         scale: what a GradScaler multiplied the losses of the backward under way by; 1 without one.
@@ -37,8 +37,8 @@ class LossKnowledge:
 
     reduction: str
     accumulation_steps: int = 1
-    separable: bool = False
-    numbers: list[float] | None = None
+    separable: set[Any] = field(default_factory=set)
+    numbers: dict[bool, list[float]] = field(default_factory=dict)
     shown: list[float] | None = None
     unpaired_sizes: set[int] = field(default_factory=set)
     scale: float = 1.0
@@ -71,15 +71,15 @@ class _Watch:
     def _wrapper(self) -> Any:
         @functools.wraps(self.original)
         def backward(tensors: Tensor | Sequence[Tensor], *args: Any, **options: Any) -> None:
-            if not self.depth:
-                losses = [tensors] if isinstance(tensors, Tensor) else list(tensors)
-                given = args[0] if args else options.get("grad_tensors")
-                weights = given if isinstance(given, (list, tuple)) else [given]
-                check_losses(
-                    losses,
-                    weighted=any(weight is not None for weight in weights),
-                    only_some_inputs=options.get("inputs") is not None or len(args) > 3,
-                )
+            losses = [tensors] if isinstance(tensors, Tensor) else list(tensors)
+            given = args[0] if args else options.get("grad_tensors")
+            weights = given if isinstance(given, (list, tuple)) else [given]
+            check_losses(
+                losses,
+                weighted=any(weight is not None for weight in weights),
+                only_some_inputs=options.get("inputs") is not None or len(args) > 3,
+                nested=bool(self.depth),
+            )
             self.depth += 1
             try:
                 self.original(tensors, *args, **options)
@@ -92,12 +92,15 @@ class _Watch:
 watch = _Watch()
 
 
-def check_losses(losses: Sequence[Tensor], *, weighted: bool = False, only_some_inputs: bool = False) -> None:
+def check_losses(
+    losses: Sequence[Tensor], *, weighted: bool = False, only_some_inputs: bool = False, nested: bool = False
+) -> None:
     """Check the losses that a backward starts from, where they lead to a private model.
 
     Args:
         weighted: whether ``backward(gradient=...)`` weighs them.
         only_some_inputs: whether ``backward(inputs=...)`` asks for some gradients only.
+        nested: whether another backward is under way, as in re-entrant checkpointing.
 
     Raises:
         PrivacyError: for a loss that is not a scalar, is not a mean (or the declared sum) over the records with constant
@@ -107,9 +110,13 @@ def check_losses(losses: Sequence[Tensor], *, weighted: bool = False, only_some_
     scale = scale_in(node for nodes in graphs for node in nodes)
     for loss, nodes in zip(losses, graphs, strict=True):
         boundaries = [node for node in nodes if node.name() == BOUNDARY]
-        if not boundaries:
+        if not boundaries or len(nodes) >= MOST_NODES:
             continue
-        leading = leading_to(boundaries, nodes)
+        if nested and weighted:
+            raise PrivacyError(
+                "the private model was called inside re-entrant checkpointing, which hides the loss behind it: how it weighs the "
+                "records cannot be read. Use checkpoint(..., use_reentrant=False), or checkpoint parts inside the model."
+            )
         if only_some_inputs:
             raise PrivacyError(
                 "backward(inputs=...) would not reach the parameters of the private model. Leave inputs out; for gradients of "
@@ -123,16 +130,34 @@ def check_losses(losses: Sequence[Tensor], *, weighted: bool = False, only_some_
             )
         for boundary in boundaries:
             boundary.knowledge.scale = scale
-        tape, knowledge = boundaries[0].tape, boundaries[0].knowledge
-        if not tape.n:
-            continue
-        if tape.n > 1:  # a record by itself selects among nobody
-            loss_selections.check_nodes(leading, boundaries, tape.n, knowledge)
-        delivered = tape.delivery.records if tape.delivery else tape.n
-        loss_terms.check(loss.grad_fn, leading, tape.n, delivered, knowledge)
-        if tape.n > 1 and not knowledge.separable:
-            separable.check(loss, boundaries)
-            knowledge.separable = True
+        for of_model in _by_model(boundaries):
+            _check_weights(loss, of_model, leading_to(of_model, nodes))
+        for boundary in boundaries:
+            boundary.tape.read = True
+
+
+def _by_model(boundaries: Iterable[Any]) -> list[list[Any]]:
+    found: dict[int, list[Any]] = {}
+    for boundary in boundaries:
+        found.setdefault(id(boundary.knowledge), []).append(boundary)
+    return list(found.values())
+
+
+def _check_weights(loss: Tensor, boundaries: Sequence[Any], leading: Sequence[Any]) -> None:
+    """Check how a loss weighs the records of one private model."""
+    tape, knowledge = boundaries[0].tape, boundaries[0].knowledge
+    if not tape.n:
+        return
+    if tape.n > 1:  # a record by itself selects among nobody
+        loss_selections.check_nodes(leading, boundaries, tape.n, knowledge)
+    delivered = tape.delivery.records if tape.delivery else tape.n
+    terms = loss_terms.check(loss.grad_fn, leading, tape.n, delivered, knowledge)
+    kind = frozenset((node.name(), getattr(node, "_saved_dim", None)) for node in leading)
+    joined = any(boundary.tape.n != tape.n for boundary in boundaries)  # refused when the backward ends
+    if tape.n > 1 and not joined and kind not in knowledge.separable:
+        separable.check(loss, boundaries)
+        separable.check_terms(terms, boundaries)
+        knowledge.separable.add(kind)
 
 
 def _check_scalar(loss: Tensor) -> None:

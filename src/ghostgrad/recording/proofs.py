@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import random
 import warnings
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -19,7 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from ghostgrad.distributed import local
 from ghostgrad.errors import PrivacyError
 from ghostgrad.layers import Call, Rows, Rule
-from ghostgrad.recording.rows import with_first_replaced, without_first
+from ghostgrad.recording.rows import some_of, with_first_replaced
 from ghostgrad.tree import map_tensors, tensors
 
 _TOLERANCE = {torch.float64: 1e-7, torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 5e-2}
@@ -134,11 +136,13 @@ def _projected(call: Call) -> Tensor:
 
 
 def check_forward(root: nn.Module, args: Any, kwargs: Any, n: int, *, batch_first: bool) -> None:
-    """Put another record in the place of one, and leave one out: the outputs of the others must stay, and so must the buffers.
+    """Put another record in the place of one, and leave half of them out, then the other half: the outputs of the others must
+    stay, and so must the buffers.
 
     Finds what gradients cannot see: detached batch statistics, expert capacity, statistics of the model's own input, sums
-    of records kept in a buffer. Runs the model on copies, in training mode and in eval mode; its buffers and the random state
-    stay untouched. Dropout is left out, and what the model draws besides is constant: other records would get other numbers.
+    of records kept in a buffer; a largest value too, whichever record has it. Runs the model on copies, in training mode and in
+    eval mode; its buffers and the random states (torch's, Python's, numpy's) stay untouched. Dropout is left out, and what the
+    model draws from torch is constant: other records would get other numbers.
 
     Raises:
         PrivacyError: when an output of a record, or a buffer, depends on another record.
@@ -146,24 +150,43 @@ def check_forward(root: nn.Module, args: Any, kwargs: Any, n: int, *, batch_firs
     rows = Rows(n, batch_first, type(root).__name__)
     batch = (args, kwargs)
     changed = with_first_replaced(batch, n, batch_first=batch_first)
-    fewer = without_first(batch, n, batch_first=batch_first)
+    halves = range(n // 2, n), range(n - n // 2)  # of two records at least, where there are three
     for training in (True, False):
         with torch.no_grad(), torch.random.fork_rng(), _mode(root, training=training), NoDraws(), _Constant():  # type: ignore[no-untyped-call]
             whole, again = _forward(root, batch), _forward(root, batch)
-            others = _forward(root, changed), _forward(root, fewer)
-        for other in others:
-            _compare_all(rows, whole, again, other)
+            replays = not _same_outcome(whole, again)  # it draws from torch, in a way that `_Constant` does not know
+            if replays:
+                whole, again = _forward(root, batch, seeded=True), _forward(root, batch, seeded=True)
+            others = [(_forward(root, changed, seeded=replays), range(1, n))]
+            # Batches of another size would get other numbers for each record.
+            if whole is not None and not whole.drew and not replays:
+                others += [(_forward(root, some_of(batch, n, half, batch_first=batch_first)), half) for half in halves]
+        if not _same_outcome(whole, again):
+            raise PrivacyError(
+                f"{rows.path}: two forwards of the same records gave different outputs, though the random numbers of "
+                f"torch, numpy and Python were the same. It draws from a generator of its own or remembers something, so that "
+                f"records do not mix cannot be shown. Draw from torch's default generator, or give the numbers as an input, "
+                f"one for each record."
+            )
+        for other, kept in others:
+            _compare_all(rows, whole, other, kept)
 
 
-def _compare_all(rows: Rows, before: _Outcome | None, again: _Outcome | None, after: _Outcome | None) -> None:
-    """Hold one forward to another, where the model can run on both, and twice on the same records with the same result."""
-    if before is None or again is None or after is None:
+def _compare_all(rows: Rows, before: _Outcome | None, after: _Outcome | None, kept: range) -> None:
+    """Hold one forward to another, where the model can run on both."""
+    if before is None or after is None:
         return
-    if not all(torch.equal(a.nan_to_num(), b.nan_to_num()) for a, b in zip(before[0], again[0], strict=True)):
-        return
-    for first, second in zip(before[0], after[0], strict=True):
-        _compare(rows, first, second)
-    _compare_buffers(rows.path, before[1], after[1])
+    for first, second in zip(before.outputs, after.outputs, strict=True):
+        _compare(rows, first, second, kept)
+    _compare_buffers(rows.path, before.buffers, after.buffers)
+
+
+def _same_outcome(first: _Outcome | None, second: _Outcome | None) -> bool:
+    """Whether two forwards on the same records did the same, but for rounding."""
+    if first is None or second is None:
+        return first is second
+    pairs = list(zip(first.outputs, second.outputs, strict=False))
+    return len(first.outputs) == len(second.outputs) and all(a.shape == b.shape and _close(a, b) for a, b in pairs)
 
 
 @contextmanager
@@ -174,29 +197,54 @@ def no_gradients() -> Iterator[None]:
         yield
 
 
-_Outcome = tuple[list[Tensor], dict[str, Tensor]]
-"""Floating-point outputs of a forward, and the buffers as it left them."""
+class _Outcome(NamedTuple):
+    """What a forward did: its floating-point outputs, the buffers as it left them, whether it drew from Python or numpy."""
+
+    outputs: list[Tensor]
+    buffers: dict[str, Tensor]
+    drew: bool
 
 
-def _forward(root: nn.Module, batch: Any) -> _Outcome | None:
-    """None where the model does not run on these records."""
+@contextmanager
+def draws_put_back() -> Iterator[None]:
+    """Leaves the generators of Python and numpy as they were; torch has `torch.random.fork_rng` for its own."""
+    python, numpy = random.getstate(), np.random.get_state()
+    try:
+        yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpy)
+
+
+def _drawn() -> tuple[object, ...]:
+    """Tells whether something was drawn in between two calls."""
+    _, keys, *rest = np.random.get_state(legacy=True)
+    return random.getstate(), np.asarray(keys).tobytes(), *rest
+
+
+def _forward(root: nn.Module, batch: Any, *, seeded: bool = False) -> _Outcome | None:
+    """None where the model does not run on these records. ``seeded`` forwards draw the same numbers from torch."""
     args, kwargs = map_tensors(lambda t: t.detach().clone(), batch)
     buffers = {name: buffer.clone() for name, buffer in root.named_buffers()}
+    if seeded:
+        torch.manual_seed(0)
     try:
-        with no_gradients():
+        with no_gradients(), draws_put_back():
+            before = _drawn()
             outputs = tensors(functional_call(root, buffers, args, kwargs))
+            drew = _drawn() != before
     except (RuntimeError, ValueError, AssertionError, LookupError, TypeError):
         return None
-    return [t for t in outputs if t.is_floating_point()], buffers
+    return _Outcome([t for t in outputs if t.is_floating_point()], buffers, drew)
 
 
-def _compare(rows: Rows, before: Tensor, after: Tensor) -> None:
+def _compare(rows: Rows, before: Tensor, after: Tensor, records: range) -> None:
     dim = rows.dim(before)
     if dim is None:
         return
     fold = before.shape[dim] // rows.n
-    kept = before.narrow(dim, fold, before.shape[dim] - fold)
-    same = after.narrow(dim, fold, kept.shape[dim]) if after.shape == before.shape else after
+    kept = before.narrow(dim, records.start * fold, len(records) * fold)
+    same = after.narrow(dim, records.start * fold, kept.shape[dim]) if after.shape == before.shape else after
     if kept.shape != same.shape or not _close(kept, same):
         raise PrivacyError(
             f"{rows.path}: the output for a record changes when another record leaves the batch or changes, so a record's "
@@ -273,6 +321,19 @@ def shaken(root: nn.Module) -> Iterator[None]:
     finally:
         for p, value in before:
             p.data.copy_(value)
+
+
+@contextmanager
+def gradients_set_aside(root: nn.Module) -> Iterator[None]:
+    """Puts away what the last step left in ``p.grad``: many loops clear it between the forward and the backward."""
+    before = [(p, p.grad) for p in root.parameters()]
+    for p, _ in before:
+        p.grad = None
+    try:
+        yield
+    finally:
+        for p, grad in before:
+            p.grad = grad
 
 
 @contextmanager

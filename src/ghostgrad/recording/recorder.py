@@ -19,6 +19,7 @@ from ghostgrad.gradients import Use
 from ghostgrad.layers import Call, Rows, Rule
 from ghostgrad.recording import proofs
 from ghostgrad.recording.hooks import Hook, calls_under_way, compile_again, leave_uncompiled
+from ghostgrad.recording.loss_graph import MOST_NODES
 from ghostgrad.recording.losses import LossKnowledge, watch
 from ghostgrad.recording.modules import Modules
 from ghostgrad.recording.probe import Boundary
@@ -200,13 +201,13 @@ class Recorder:
 
         A batch of one record cannot show where the records are.
         """
-        if self._in_step is not None:
-            self._rehearsed = self._in_step.rehearse(lambda: self._rehearse_alone(args, kwargs, n), n)
-        elif n:
-            self._rehearsed = self._rehearse_alone(args, kwargs, n) and n > 1
+        with proofs.gradients_set_aside(self.root):
+            if self._in_step is not None:
+                self._rehearsed = self._in_step.rehearse(lambda: self._rehearse_alone(args, kwargs, n), n)
+            elif n:
+                self._rehearsed = self._rehearse_alone(args, kwargs, n) and n > 1
 
     def _rehearse_alone(self, args: Any, kwargs: Any, n: int) -> bool:
-        self._check_foreign_gradients()
         with proofs.shaken(self.root):
             if n > 1:
                 with self.modules.paused():
@@ -300,6 +301,12 @@ class Recorder:
             raise PrivacyError(
                 "a second backward went through the same forward. Its records would be clipped twice and count twice. Add "
                 "the losses up and call backward once, or run the forward again on other records."
+            )
+        if not tape.read:
+            raise PrivacyError(
+                f"a backward reached the model, but its loss could not be read: it has more than {MOST_NODES} operations, or was "
+                f"changed after backward was called. How it weighs the records is not known; compute it in fewer operations "
+                f"(on whole tensors instead of in a loop)."
             )
         tape.done = True
         self._join_round(recording)

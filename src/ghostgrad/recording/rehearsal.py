@@ -136,7 +136,7 @@ class Rehearsal:
         modules = self._modules
         outer, modules.tape = modules.tape, Tape(n, None)
         try:
-            with torch.random.fork_rng():
+            with torch.random.fork_rng(), proofs.draws_put_back():
                 torch.manual_seed(0)
                 yield
         finally:

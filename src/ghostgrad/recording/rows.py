@@ -53,12 +53,12 @@ def no_rows(tree: Any, *, batch_first: bool) -> Any:
     return map_tensors(cut, tree)
 
 
-def without_first(tree: Any, n: int, *, batch_first: bool) -> Any:
-    """The call's arguments without the first of their ``n`` records."""
+def some_of(tree: Any, n: int, kept: range, *, batch_first: bool) -> Any:
+    """The call's arguments with some of their ``n`` records, one after the other."""
     dim = 0 if batch_first else 1
 
     def cut(tensor: Tensor) -> Tensor:
-        return tensor.narrow(dim, 1, n - 1) if tensor.dim() > dim and tensor.shape[dim] == n else tensor
+        return tensor.narrow(dim, kept.start, len(kept)) if tensor.dim() > dim and tensor.shape[dim] == n else tensor
 
     return map_tensors(cut, tree)
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from torch.autograd.graph import GradientEdge
 from ghostgrad.errors import PrivacyError
 from ghostgrad.layers import Rows
 from ghostgrad.recording import proofs
+from ghostgrad.recording.loss_graph import BOUNDARY
 
 _TOLERANCE = 1e-6
 
@@ -24,7 +26,7 @@ def check(loss: Tensor, boundaries: Sequence[Any]) -> None:
     Raises:
         PrivacyError: for in-batch negatives, centring over the batch, and other losses that compare records.
     """
-    edges = [GradientEdge(node, i) for node in boundaries for i in range(node.outputs)]
+    edges = _edges(boundaries)
     tape, batch_first = boundaries[0].tape, boundaries[0].batch_first
     rows = Rows(tape.n, batch_first, "the loss")
     try:
@@ -61,3 +63,93 @@ def _check_half(first: Sequence[Tensor | None], edges: list[GradientEdge], rows:
 
 def _noise_like(tensor: Tensor, generator: torch.Generator) -> Tensor:
     return torch.randn(tensor.shape, generator=generator, dtype=torch.float64).to(tensor)
+
+
+def check_terms(terms: Sequence[Any], boundaries: Sequence[Any]) -> None:
+    """Send a gradient back from the losses of some records only: it must arrive at these records' outputs alone.
+
+    Needs no second derivative, so it sees comparisons that have none (absolute differences, hinges).
+
+    Args:
+        terms: what the loss adds up (`loss_terms.Term`).
+        boundaries: nodes of the model's outputs.
+
+    Raises:
+        PrivacyError: for a loss of one record that is computed from other records' outputs.
+    """
+    for term in terms:
+        inside = set(term.inside)
+        for child, place in term.inside[0].next_functions if inside and not term.of_one else ():
+            if child in inside and child.name() != BOUNDARY and not _is_by_record(child, place, boundaries):
+                raise PrivacyError(
+                    "the loss compares records: the loss of one record is computed from the outputs of others (a shifted or "
+                    "reversed batch, pairs, centring over the batch), so clipping a record's own gradient does not bound it. "
+                    "Compute each record's loss from that record alone, then take the mean."
+                )
+
+
+def reaches_one(node: Any, boundaries: Sequence[Any], n: int) -> bool:
+    """Whether a gradient from the one output of a node arrives at the outputs of one record."""
+    if len(node._input_metadata) > 1:
+        return False
+    try:
+        grad, rows = _random_at(node, 0), Rows(n, boundaries[0].batch_first, "the loss")
+        return int(_reached(GradientEdge(node, 0), _edges(boundaries), rows, grad).sum()) <= 1
+    except (RuntimeError, NotImplementedError):
+        return False
+
+
+def _is_by_record(node: Any, place: int, boundaries: Sequence[Any]) -> bool:
+    """Whether each element of an output depends on one record; also where autograd cannot say it."""
+    grad, edges = _random_at(node, place), _edges(boundaries)
+    rows = Rows(boundaries[0].tape.n, boundaries[0].batch_first, "the loss")
+    edge = GradientEdge(node, place)
+    try:
+        return any(_is_isolated(edge, edges, rows, grad, whose) for whose in _layouts(grad.shape, rows.n))
+    except (RuntimeError, NotImplementedError):
+        return True
+
+
+def _edges(boundaries: Sequence[Any]) -> list[GradientEdge]:
+    return [GradientEdge(node, i) for node in boundaries for i in range(node.outputs)]
+
+
+def _random_at(node: Any, place: int) -> Tensor:
+    like = node._input_metadata[place]
+    drawn = torch.randn(like.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    return drawn.to(like.device, like.dtype)
+
+
+def _layouts(shape: torch.Size, n: int) -> Iterator[Tensor]:
+    """To which record each element may belong: records are the slower or the faster part of a dimension, or of all."""
+    flat = torch.arange(math.prod(shape)).view(shape)
+    for dim, size in enumerate(shape):
+        if size % n == 0:
+            view = [1] * len(shape)
+            view[dim] = size
+            places = torch.arange(size).view(view).expand(shape)
+            yield places.div(size // n, rounding_mode="floor")
+            if size > n:
+                yield places % n
+    if flat.numel() % n == 0:
+        yield flat.div(flat.numel() // n, rounding_mode="floor")
+        yield flat % n
+
+
+def _is_isolated(edge: GradientEdge, edges: list[GradientEdge], rows: Rows, grad: Tensor, whose: Tensor) -> bool:
+    for keep in proofs.random_halves(rows.n):
+        mask = keep[whose].to(grad.device)
+        reached = _reached(edge, edges, rows, torch.where(mask, grad, torch.zeros_like(grad)))
+        if bool((reached & ~keep).any()):
+            return False
+    return True
+
+
+def _reached(edge: GradientEdge, edges: list[GradientEdge], rows: Rows, grad: Tensor) -> Tensor:
+    """At the outputs of which records [n] a gradient arrives."""
+    reached = torch.zeros(rows.n, dtype=torch.bool)
+    for found in torch.autograd.grad(edge, edges, grad, retain_graph=True, allow_unused=True):
+        if found is not None and rows.dim(found) is not None:
+            sizes = rows.split(found).flatten(1).nan_to_num().abs().amax(1).cpu()
+            reached |= sizes > _TOLERANCE * sizes.max()
+    return reached

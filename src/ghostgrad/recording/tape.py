@@ -32,6 +32,7 @@ class Tape:
         calls: how many probes of each parameter have not fired yet.
         unproved: the layouts of calls that row isolation was not shown for yet.
         isolate: whether some rank has to show row isolation in the backward.
+        read: whether the loss whose backward is under way was read down to here.
         done: whether its backward ran; it can run once.
     """
 
@@ -43,6 +44,7 @@ class Tape:
     calls: Counter[nn.Parameter] = field(default_factory=Counter)
     unproved: set[Any] = field(default_factory=set)
     isolate: bool = False
+    read: bool = False
     done: bool = False
 
     def __post_init__(self) -> None:
