@@ -32,8 +32,8 @@ class SummingOptimizer:
         self.partial = []
 
 
-def private(*, k: int = 1) -> DPDataLoader:
-    user = DataLoader(TensorDataset(torch.arange(60)), batch_size=10)
+def private(*, k: int = 1, workers: int = 0) -> DPDataLoader:
+    user = DataLoader(TensorDataset(torch.arange(60)), batch_size=10, num_workers=workers)
     return DPDataLoader.from_data_loader(user, key=RunKey.from_seed(4), accumulation_steps=k)
 
 
@@ -55,9 +55,10 @@ def test_steps_are_those_of_the_logical_batches(limit: int) -> None:
     assert optimizer.discards == 2
 
 
+@pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("raising", [False, True])
-def test_leaving_early_discards_what_was_not_complete(raising: bool) -> None:
-    data_loader = private()
+def test_leaving_early_discards_what_was_not_complete(raising: bool, workers: int) -> None:
+    data_loader = private(workers=workers)
     optimizer = SummingOptimizer(data_loader)
 
     def leave_in_the_middle() -> None:
