@@ -68,6 +68,11 @@ class Modules:
                 handle.remove()
         self._watched.clear()
 
+    @property
+    def watched(self) -> frozenset[str]:
+        """The paths of the modules that have hooks."""
+        return frozenset(self._watched)
+
     def watch(self, path: str) -> None:
         """Put hooks on one module, once."""
         if path in self._watched:
@@ -175,7 +180,8 @@ class Modules:
         rows = self._rows(path, tape.width, shown, keep, outs)
         signature = (path, *_places(rule.rows(module, rows), keep, outs))
         copies = None
-        if signature not in self.proved or rule.shuffled(inputs):
+        settled = self.observed is not None or self.plan.known.is_settled(path, keep, outs)
+        if signature not in self.proved or not settled or rule.shuffled(inputs):
             tape.unproved.add(signature)
             copies = tuple(out.detach().clone() for out in outs)
         if not tape.done:
@@ -214,16 +220,19 @@ class Modules:
         return rule
 
 
-def _places(rows: Rows, inputs: Sequence[Tensor], outs: Sequence[Tensor]) -> Iterator[tuple[int, int | None, bool]]:
-    """What the proof of a call is about: how many dimensions each tensor has, which one the records are in, and whether alone.
+def _places(
+    rows: Rows, inputs: Sequence[Tensor], outs: Sequence[Tensor]
+) -> Iterator[tuple[int, int | None, int | bool]]:
+    """What the proof of a call is about: how many dimensions each tensor has, which one the records are in, and its rows of each.
 
-    One in which there are none, but could be, is looked at again: what all records shared may have come one for each.
+    Another number of rows of each record is looked at again: rows that are chosen by their content can come in whole numbers.
+    One tensor in which there are no records, but could be, is too: what all records shared may have come one for each.
     """
     for find, found in ((rows.input, inputs), (rows.output, outs)):
         for i, tensor in enumerate(found):
             dim = find(i, tensor)
             could = bool(tensor.dim()) and tensor.shape[0] % rows.n == 0
-            yield tensor.dim(), dim, could if dim is None else tensor.shape[dim] == rows.n
+            yield tensor.dim(), dim, could if dim is None else tensor.shape[dim] // rows.n
 
 
 def _autocast(device: str) -> torch.autocast | None:

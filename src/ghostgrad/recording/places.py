@@ -23,19 +23,34 @@ class Known:
 
     A size that happens to be the number of records, or a multiple of it, says nothing: in some batch every size is. What
     counts is which dimension of a tensor grows with the batch.
+
+    Attributes:
+        by_content: the modules of which the rows did not grow as the batch did: what is in the records chooses them (tokens
+            that are sent to experts).
     """
 
+    by_content: set[str] = field(default_factory=set)
     _places: dict[tuple[str, Kind], Places] = field(default_factory=dict)
 
     def of(self, path: str, inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> Places:
         """Of a call like this one."""
         return self._places.get((path, _kind(inputs, outputs)), Places())
 
+    def is_settled(self, path: str, inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> bool:
+        """Whether two batches have shown where the records are in the outputs of such calls, or no two could be compared.
+
+        Where not, the next batch may have them elsewhere: the module was not called yet, or its rows are chosen by content.
+        """
+        known = self._places.get((path, _kind(inputs, outputs)))
+        return not self._places or (known is not None and len(known.outputs) == len(outputs))
+
     def learn(self, path: str, call: _Call, larger: _Call) -> None:
         """From a call in a batch of n records and the same call in a batch of m."""
         if call.kind != larger.kind:
             return
         sizes = call.n, larger.n
+        if any(_grew_by_itself(*shapes, *sizes) for shapes in zip(call.outputs, larger.outputs, strict=True)):
+            self.by_content.add(path)
         found = [
             {i: dim for i, shapes in enumerate(zip(small, large, strict=True)) for dim in _grown(*shapes, *sizes)}
             for small, large in ((call.inputs, larger.inputs), (call.outputs, larger.outputs))
@@ -89,11 +104,20 @@ def _kind(inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> Kind:
 
 def _grown(small: torch.Size, large: torch.Size, n: int, m: int) -> tuple[int | None, ...]:
     """The dimension that grew with the batch, or None if nothing grew; nothing where that cannot be said."""
-    differ = [dim for dim, sizes in enumerate(zip(small, large, strict=True)) if sizes[0] != sizes[1]]
+    differ = _different(small, large)
     if not differ:
         return (None,)
     (first, *others) = differ
     return (first,) if not others and small[first] * m == large[first] * n else ()
+
+
+def _grew_by_itself(small: torch.Size, large: torch.Size, n: int, m: int) -> bool:
+    """Whether one dimension grew, and otherwise than the batch."""
+    return len(_different(small, large)) == 1 and not _grown(small, large, n, m)
+
+
+def _different(small: torch.Size, large: torch.Size) -> list[int]:
+    return [dim for dim, sizes in enumerate(zip(small, large, strict=True)) if sizes[0] != sizes[1]]
 
 
 def _common(one: Mapping[int, int | None], other: Mapping[int, int | None]) -> Found:

@@ -3,7 +3,8 @@
 A batch with one record more goes through the model first: what grows with it is where the records are in each module's
 tensors. The plain reading (every weight is used in its own module's call, on tensors that hold the records) is tried first.
 Where it fails, in this order: the module's output is the same for all records and is expanded to the batch; the next module
-above answers for the parameters as a whole, recomputed one record at a time. A reading is kept only if the model's outputs
+above answers for the parameters as a whole, recomputed one record at a time. That also goes for a module whose rows are chosen
+by their content, though this batch may suit it: the next one would not. A reading is kept only if the model's outputs
 stay the same and the gradient of no record reaches the rows of another.
 """
 
@@ -15,10 +16,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.func import functional_call
 
-from ghostgrad.errors import ConfigurationError, GhostgradError, PrivacyError
+from ghostgrad.errors import ConfigurationError, GhostgradError, PrivacyError, UnsupportedModuleError
 from ghostgrad.layers import Call, Rows, Rule
 from ghostgrad.recording import proofs
 from ghostgrad.recording.losses import watch
@@ -50,6 +51,8 @@ class Rehearsal:
         self._keep: Tensor | None = None
         self._first: dict[str, GhostgradError] = {}
         self._not_expandable: set[str] = set()
+        self._by_content: set[str] = set()
+        """Modules of which the rows were seen to be chosen by content, also those that others answer for by now."""
         self._new_holders: set[str] = set()
         """Modules that came to answer for others after the last attempt, and had no chance to yet."""
 
@@ -105,6 +108,7 @@ class Rehearsal:
                 outs = [t for t in found if t.requires_grad and rows.dim(t) is not None]
                 if outs:
                     self._backward(outs, rows)
+            self._note_rows_by_content()
         finally:
             modules.observed = None
         return [t.detach() for t in found]
@@ -182,6 +186,30 @@ class Rehearsal:
                     f"Call the module itself."
                 )
                 self._problems.append(_Problem(path, error, frozenset({local})))
+
+    def _note_rows_by_content(self) -> None:
+        """Modules that see as many rows as the records' content gives them, and those beside them that see the others."""
+        plan = self._modules.plan
+        self._by_content |= plan.known.by_content - {""}
+        routed = set(self._by_content)
+        for path in self._by_content:
+            beside = path.rpartition(".")[0]
+            if type(self._root.get_submodule(beside)).forward is nn.Module.forward:  # one of a list of experts
+                routed |= {name for name in self._modules.watched if name.startswith(f"{beside}.")}
+        for path in sorted(routed):
+            module = self._root.get_submodule(path)
+            if plan.rule(path, module).shuffled is not Rule.shuffled:
+                continue  # a rule that knows packed rows
+            if all(plan.holder(p) not in (None, path) for p in plan.claims(path, module).values()):
+                continue  # a module above it answers for it by now
+            error = UnsupportedModuleError(
+                f"{path}: how many rows this {type(module).__name__} sees depends on what is in the records (tokens sent to "
+                f"experts), so they cannot be attributed to records. Let a module above it treat a batch of one record as any "
+                f"other, or send every record's tokens through all experts, weighted."
+            )
+            self._not_expandable.add(path)
+            self._problems = [problem for problem in self._problems if problem.path != path]
+            self._problems.append(_Problem(path, error))
 
     # ------------------------------------------------------------------ the next reading
 
