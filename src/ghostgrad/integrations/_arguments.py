@@ -32,7 +32,8 @@ HONOURED = frozenset(
 
 _ONE_PROCESS = "it spreads the model or its gradients over processes; train in one"
 REFUSED = {
-    "fp16": "its loss scaling skips steps that overflow; use bf16=True",
+    "fp16": "its loss scaling inside the Trainer is not shown to be private; use bf16=True, or a loop of your own with a "
+    "GradScaler",
     "tf32": "its matrix products keep 10 bits, in which the norm of a record can come out below what it is; leave it out",
     "label_smoothing_factor": "give losses=..., a function (outputs, inputs) -> one loss for each record",
     "neftune_noise_alpha": "its noise is scaled by the longest record of the batch, so one record changes the others'; use "

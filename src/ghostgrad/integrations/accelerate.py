@@ -65,7 +65,9 @@ def _check(accelerator: Any) -> None:
             f"shares out itself. Call make_private on every rank without prepare, or train in one process."
         )
     if accelerator.mixed_precision == "fp16":
-        raise ConfigurationError("mixed_precision='fp16' scales the loss and skips steps; use 'bf16'.")
+        raise ConfigurationError(
+            "mixed_precision='fp16' scales the loss where that is not shown to be private. Use 'bf16'."
+        )
     if accelerator.gradient_accumulation_steps != 1:
         raise ConfigurationError(
             f"gradient_accumulation_steps={accelerator.gradient_accumulation_steps} divides each record's loss before it is "

@@ -54,7 +54,7 @@ def generic(call: Call) -> dict[str, Use]:
         ) from error
     if call.outputs is not None:
         _compare(call, recomputed, [module.rows(call.outputs[i], module.out_dims[i]) for i in module.arrived])
-    return {name: Explicit(grad) for name, grad in found.items()}
+    return {name: Explicit(grad) for name, grad in module.by_name(found).items()}
 
 
 class _Recomputed:
@@ -145,7 +145,16 @@ class _Recomputed:
         return stacked, [torch.stack(column) for column in zip(*outs, strict=True)]
 
     def _parameters(self) -> Gradients:
-        return {name: p.detach() for name, p in self._call.parameters.items()}
+        """Each parameter once, though it may have several names."""
+        names = {p: name for name, p in reversed(list(self._call.parameters.items()))}
+        return {name: p.detach() for name, p in self._call.parameters.items() if names[p] == name}
+
+    def by_name(self, found: Gradients) -> Gradients:
+        """Gradients under every name of the call's parameters: the whole of it under the first, nothing under the others."""
+        return {
+            name: found[name] if name in found else p.new_zeros(self._n, *p.shape)
+            for name, p in self._call.parameters.items()
+        }
 
     def _run(self, parameters: Gradients, leaves: Sequence[Tensor]) -> list[Tensor]:
         """The floating-point outputs for these inputs."""

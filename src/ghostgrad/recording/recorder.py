@@ -244,6 +244,11 @@ class Recorder:
             for leaf, out in zip(tensors(output), tensors(inner), strict=True)
             if leaf.is_floating_point() and (leaf.requires_grad or tape.n == 0)
         ]
+        if any(leaf.is_complex() for leaf in tensors(output)):
+            raise UnsupportedModuleError(
+                f"{type(module).__name__}: an output is complex; clipping is defined for gradients of real outputs. Return "
+                f"torch.view_as_real of it."
+            )
         if not chosen:
             return None
         leaves = [leaf for leaf, _ in chosen]

@@ -5,7 +5,7 @@ tensors. The plain reading (every weight is used in its own module's call, on te
 Where it fails, in this order: the module's output is the same for all records and is expanded to the batch; the next module
 above answers for the parameters as a whole, recomputed one record at a time. That also goes for a module whose rows are chosen
 by their content, though this batch may suit it: the next one would not. A reading is kept only if the model's outputs
-stay the same and the gradient of no record reaches the rows of another.
+stay the same, the gradient of no record reaches the rows of another, and all of them add up to the batch's.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from ghostgrad.distributed import is_split
 from ghostgrad.errors import ConfigurationError, GhostgradError, PrivacyError, UnsupportedModuleError
 from ghostgrad.layers import Call, Rows, Rule
 from ghostgrad.recording import proofs
@@ -27,6 +28,7 @@ from ghostgrad.recording.modules import Modules
 from ghostgrad.recording.places import Known, Observed, one_more
 from ghostgrad.recording.plan import Layout
 from ghostgrad.recording.tape import Tape
+from ghostgrad.recording.totals import Totals
 from ghostgrad.tree import map_tensors, tensors
 
 _MOST_ATTEMPTS = 64
@@ -51,6 +53,7 @@ class Rehearsal:
         self._keep: Tensor | None = None
         self._first: dict[str, GhostgradError] = {}
         self._not_expandable: set[str] = set()
+        self._totals = Totals()
         self._by_content: set[str] = set()
         """Modules of which the rows were seen to be chosen by content, also those that others answer for by now."""
         self._new_holders: set[str] = set()
@@ -90,8 +93,12 @@ class Rehearsal:
             plain = outputs if plain is None else plain
             if self._problems:
                 self._treat_all(unchanged=_same(plain, outputs))
-            elif _same(plain, outputs) or not self._give_up_expanding():
+            elif not _same(plain, outputs) and self._give_up_expanding():
+                continue
+            elif self._adds_up(batch, n, outputs):
                 return True
+            else:
+                self._treat_all(unchanged=True)
         raise next(iter(self._first.values()))
 
     # ------------------------------------------------------------------ one attempt
@@ -105,9 +112,9 @@ class Rehearsal:
             with self._recorded(n):
                 found = self._forward(batch)
                 rows = Rows(n, modules.batch_first, type(self._root).__name__)
-                outs = [t for t in found if t.requires_grad and rows.dim(t) is not None]
+                outs, grads = _directions(found, rows)
                 if outs:
-                    self._backward(outs, rows)
+                    self._backward(outs, grads, rows)
             self._note_rows_by_content()
         finally:
             modules.observed = None
@@ -147,14 +154,13 @@ class Rehearsal:
             modules.restore()
             modules.tape = outer
 
-    def _backward(self, outs: Sequence[Tensor], rows: Rows) -> None:
-        grads = [torch.randn_like(out) for out in outs]
+    def _backward(self, outs: Sequence[Tensor], grads: Sequence[Tensor], rows: Rows) -> None:
         if rows.n > 1:
             for keep in proofs.random_halves(rows.n):
                 self._keep = keep
                 watch.original(outs, proofs.mask_records(grads, rows, keep), retain_graph=True)
                 self._note_foreign_gradients()
-        self._keep = None
+        self._keep, self._totals = None, Totals()
         watch.original(outs, grads)
         self._note_foreign_gradients()
 
@@ -169,7 +175,7 @@ class Rehearsal:
             if self._keep is not None:
                 proofs.check_call(rule, call, self._keep)
             else:
-                self._modules.uses(rule, call)
+                self._totals.add(call, self._modules.uses(rule, call))
         except ConfigurationError:
             raise  # a registered rule that does not do what it owes: no other reading helps
         except GhostgradError as error:
@@ -186,6 +192,35 @@ class Rehearsal:
                     f"Call the module itself."
                 )
                 self._problems.append(_Problem(path, error, frozenset({local})))
+
+    def _adds_up(self, batch: Any, n: int, outputs: Sequence[Tensor]) -> bool:
+        """Whether what the rules answered is all that plain autograd finds; what it is not is noted as a problem."""
+        parameters = {name: p for name, p in self._root.named_parameters() if p.requires_grad}
+        if self._modules.shards is not None or any(is_split(p) for p in parameters.values()):
+            return True
+        with self._modules.paused(), self._recorded(n):
+            found = self._forward(batch)
+            outs, grads = _directions(found, Rows(n, self._modules.batch_first, type(self._root).__name__))
+            if not outs or not _same(outputs, found):
+                return True  # a model that draws by itself: nothing to compare
+            watch.original(outs, grads)
+            plain = {
+                parameters[name]: grad for name, grad in self._modules.take_gradients().items() if name in parameters
+            }
+        missing = set(
+            self._totals.missing({p: grad.to_dense() if grad.is_sparse else grad for p, grad in plain.items()})
+        )
+        for name in (name for name, p in parameters.items() if p in missing):
+            path, _, local = name.rpartition(".")
+            kind = type(self._root.get_submodule(path)).__name__
+            error = UnsupportedModuleError(
+                f"{name}: the gradients of the records do not add up to the gradient of the batch, so a part of what this {kind} "
+                f"computes leaves it in another way than in the real tensors that it returns (complex tensors, values inside an "
+                f"object, on itself or in an argument). Return real tensors (torch.view_as_real), or register a rule for it."
+            )
+            self._not_expandable.add(path)
+            self._problems.append(_Problem(path, error, frozenset({local})))
+        return not missing
 
     def _note_rows_by_content(self) -> None:
         """Modules that see as many rows as the records' content gives them, and those beside them that see the others."""
@@ -271,6 +306,16 @@ class Rehearsal:
             error = self._first.get(path, PrivacyError(f"{path}: its output has no batch dimension."))
             self._enclose(path, error)
         return bool(expanded)
+
+
+def _directions(found: Sequence[Tensor], rows: Rows) -> tuple[list[Tensor], list[Tensor]]:
+    """The outputs that hold records, and gradients for them: the same ones each time."""
+    chosen = [(i, out) for i, out in enumerate(found) if out.requires_grad and rows.dim(out) is not None]
+    grads = []
+    for i, out in chosen:
+        drawn = torch.randn(out.shape, generator=torch.Generator().manual_seed(i), dtype=torch.float32)
+        grads.append(drawn.to(out))
+    return [out for _, out in chosen], grads
 
 
 def _same(first: Sequence[Tensor], second: Sequence[Tensor]) -> bool:
