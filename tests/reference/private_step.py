@@ -106,7 +106,7 @@ def sampled_steps(
         return [*(torch.stack(column, dim) for column, dim in zip(columns, dims, strict=True)), torch.stack(numbers)]
 
     data = StackDataset(*(t.movedim(dim, 0) for t, dim in zip(batch, dims, strict=True)), torch.arange(RECORDS))
-    model, optimizer, loader = PrivacyEngine(seed=3).make_private(
+    model, optimizer, loader = PrivacyEngine(seed=0).make_private(
         module=model, optimizer=torch.optim.SGD(model.parameters(), lr=0.0),
         data_loader=DataLoader(data, batch_size=1, collate_fn=collate), sample_rate=sample_rate, noise_multiplier=0.0,
         max_grad_norm=max_grad_norm, accumulation_steps=3, grad_sample_mode=mode, batch_first=case.batch_first,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor, nn
 
 
@@ -12,7 +13,6 @@ from torch import Tensor, nn
 class Buffers:
     """Copies of a module's buffers as they were, while its forward runs.
 
-    >>> import torch
     >>> module = torch.nn.BatchNorm1d(2)
     >>> start = Buffers.now(module)
     >>> _ = module(torch.randn(3, 2))
@@ -29,10 +29,13 @@ class Buffers:
         return cls({name: (buffer, buffer._version, buffer.clone()) for name, buffer in module.named_buffers()})
 
     def changed(self, module: nn.Module) -> dict[str, Tensor]:
-        """What those were that have been changed or replaced since."""
+        """What those were that have been changed or replaced since.
+
+        Values are compared too: kernels that write in place (batch norm's) do not all count it.
+        """
         after = dict(module.named_buffers())
         return {
             name: copy
             for name, (buffer, version, copy) in self.found.items()
-            if after.get(name) is not buffer or buffer._version != version
+            if after.get(name) is not buffer or buffer._version != version or not torch.equal(buffer, copy)
         }
