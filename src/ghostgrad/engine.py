@@ -111,7 +111,9 @@ class PrivacyEngine:
         self._budget: Budget | None = None
         self._ended: list[dict[str, Any]] = []
         self._writes_ledger = ledger is not None
-        self._ledger = None if ledger is None else open_ledger(ledger, self._spent, current())
+        self._ledger = None
+        if ledger is not None:
+            self._ledger, self._guarantees = open_ledger(ledger, self._spent, current())
         self._inherited = self._spent.accountant.ledger.steps if self._writes_ledger else 0
 
     # ------------------------------------------------------------------ making private
@@ -271,6 +273,7 @@ class PrivacyEngine:
                     f"this engine has already spent {len(self.accountant)} releases; a target for a new training needs a new "
                     f"PrivacyEngine."
                 )
+            setup.check_flags(keep_budget=keep_budget)
             setup.check_numbers(
                 target_epsilon=target_epsilon, target_delta=target_delta, epochs=epochs, total_steps=total_steps,
                 sample_rate=sample_rate, expected_batch_size=expected_batch_size,
@@ -419,6 +422,7 @@ class PrivacyEngine:
         return make_report(
             accountant=self.accountant,
             trainings=[*self._ended, *map(self._facts, self._sessions)],
+            steps=self.steps,
             guarantee=self.guarantee,
             budget=None if self._budget is None else (self._budget.target_epsilon, self._budget.target_delta),
             deltas=deltas,

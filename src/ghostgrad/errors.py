@@ -8,6 +8,7 @@ catches the standard type keeps working.
 from __future__ import annotations
 
 import difflib
+import math
 from collections.abc import Iterable
 
 
@@ -45,6 +46,18 @@ class LedgerError(GhostgradError, ValueError):
 
 class MissingDependencyError(GhostgradError, ImportError):
     """An optional package is needed for what was asked and is not installed."""
+
+
+def as_float(number: float) -> float:
+    """The number as a float; infinite, which checks refuse, where it is a whole number that no float can hold.
+
+    >>> as_float(3), as_float(-(10**400))
+    (3.0, -inf)
+    """
+    try:
+        return float(number)
+    except OverflowError:
+        return math.inf if number > 0 else -math.inf
 
 
 def choose(name: str, value: str, allowed: Iterable[str]) -> str:

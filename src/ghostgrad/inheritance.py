@@ -11,8 +11,8 @@ from ghostgrad.ledger import LedgerFile
 from ghostgrad.spent import Spent, part
 
 
-def open_ledger(path: str | os.PathLike[str], spent: Spent, topology: Topology) -> LedgerFile | None:
-    """Open the file on rank 0, and let every rank count what is in it.
+def open_ledger(path: str | os.PathLike[str], spent: Spent, topology: Topology) -> tuple[LedgerFile | None, list[str]]:
+    """Open the file on rank 0, and let every rank count what is in it; and the guarantees of its trainings, as sentences.
 
     Raises:
         LedgerError: the file is in use, or does not hold; on every rank.
@@ -21,13 +21,13 @@ def open_ledger(path: str | os.PathLike[str], spent: Spent, topology: Topology) 
         file = LedgerFile(path, spent.accountant.neighbouring) if topology.rank == 0 else None
     topology.agree({})
     earlier = spent.accountant.ledger.steps
-    ledger, spans = topology.collect(None if file is None else (file.text.ledger, file.text.spans))[0] or (None, [])
-    if ledger is not None:
-        spent.merge(ledger, spans)
+    found = topology.collect(None if file is None else (file.text.ledger, file.text.spans, file.text.guarantees))[0]
+    if found is not None:
+        spent.merge(*found[:2])
     if file is not None and earlier:
         file.record(part(spent.accountant.ledger, 0, earlier), run=spent.run)
     spent.written = spent.accountant.ledger.steps
-    return file
+    return file, [] if found is None else found[2]
 
 
 def place_in(file: LedgerFile | None) -> dict[str, Any] | None:

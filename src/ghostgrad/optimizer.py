@@ -206,10 +206,23 @@ class DPOptimizer(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        elif self._only_makes_state:
+            self._inner_step()
+            return None
         self._refuse_foreign_gradients()
         if self.total.complete:
             self._release()
         return loss
+
+    @property
+    def _only_makes_state(self) -> bool:
+        """`torch.distributed.checkpoint` steps with gradients of zeros and a rate of 0, to see what state there will be.
+
+        It moves nothing and knows no record, so it is no release.
+        """
+        if self.total.holds or any(group.get("lr") != 0 for group in self.param_groups):
+            return False
+        return all(p.grad is not None and not local(p.grad).any() for p in self.params)
 
     # Hooks that are registered on this optimizer run around what is a step: not around the physical pieces of one.
     step.hooked = True  # type: ignore[attr-defined]

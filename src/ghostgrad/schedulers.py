@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol, Union
 
-from ghostgrad.errors import ConfigurationError
+from ghostgrad.errors import ConfigurationError, as_float
 
 Schedule = Union[float, Callable[[int], float]]  # noqa: UP007
 """A number, or a function from the logical step (from 0) to a number."""
@@ -32,7 +32,7 @@ def value_at(schedule: Schedule, step: int, name: str = "schedule") -> float:
     """
     value = schedule(step) if callable(schedule) else schedule
     try:
-        number = float(value)
+        number = as_float(value)
     except (TypeError, ValueError) as error:
         raise ConfigurationError(f"{name} gave {value!r} at step {step}; return a number.") from error
     if not math.isfinite(number) or number < 0.0:

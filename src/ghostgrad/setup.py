@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
+import sys
 import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -15,7 +16,7 @@ from torch.utils.data import DataLoader
 
 from ghostgrad.clipping import AdaptiveClipping, AutomaticClipping, ClipFunction, FlatClipping, PerLayerClipping
 from ghostgrad.distributed import Shards, TensorParallel, Topology, fully_sharded_modules, is_split
-from ghostgrad.errors import ConfigurationError, PrivacyError, UnsupportedModuleError, choose
+from ghostgrad.errors import ConfigurationError, PrivacyError, UnsupportedModuleError, as_float, choose
 from ghostgrad.keys import RunKey
 from ghostgrad.layers import find_rule
 from ghostgrad.optimizer import DPOptimizer
@@ -52,7 +53,7 @@ def check_noise_multiplier(noise_multiplier: float | Callable[[int], float]) -> 
         ConfigurationError: not a number, negative or not finite.
     """
     value = noise_multiplier(0) if callable(noise_multiplier) else noise_multiplier
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value) or value < 0:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= as_float(value) < math.inf:
         raise ConfigurationError(
             f"noise_multiplier={value!r} must be a finite number >= 0: the noise's standard deviation divided by the "
             f"sensitivity (0 trains without privacy, and epsilon says infinity)."
@@ -72,6 +73,8 @@ def check_numbers(**numbers: object) -> None:
     for name, value in numbers.items():
         if value is not None and (isinstance(value, bool) or not isinstance(value, (int, float))):
             raise ConfigurationError(f"{name}={value!r} must be a number.")
+        if isinstance(value, int) and math.isinf(as_float(value)):
+            raise ConfigurationError(f"{name} is a whole number beyond {sys.float_info.max:.0e}; give one in range.")
 
 
 def check_ranks(data_loader: DataLoader[Any] | None, topology: Topology) -> None:
@@ -296,6 +299,10 @@ def planned_releases(
     if length is None or not (math.isfinite(length) and length > 0):
         raise ConfigurationError(f"{'epochs' if total_steps is None else 'total_steps'}={length} must be positive.")
     per_epoch = 1 / rate if loader is None else loader.steps_per_epoch
+    if math.isinf(length * per_epoch):
+        raise ConfigurationError(
+            f"epochs={epochs} are more steps than can be counted; give the length of the training."
+        )
     if loader is None or loader.poisson_sampling:
         if total_steps is not None and total_steps != int(total_steps):
             raise ConfigurationError(f"total_steps={total_steps} must be a whole number.")

@@ -94,7 +94,7 @@ class Budget:
 
     def __init__(self, accountant: Accountant, target_epsilon: float, target_delta: float) -> None:
         for name, value, top in (("target_epsilon", target_epsilon, math.inf), ("target_delta", target_delta, 1.0)):
-            if not 0 < value < top:
+            if value is None or not 0 < value < top:
                 raise ConfigurationError(f"{name}={value} must lie between 0 and {top}.")
         self.accountant = accountant
         self.target_epsilon, self.target_delta = target_epsilon, target_delta

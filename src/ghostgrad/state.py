@@ -187,6 +187,8 @@ class Resumption:
     def apply(self, key: RunKey, made: Mapping[int, Mapping[int, str]]) -> None:
         """Take the state over, with the key that all ranks go on with, and what its run has released."""
         engine, saved, spent = self.engine, self.state, self.engine._spent
+        if saved["seeded"] and saved["steps"]:
+            key = RunKey(key.secret, seeded=True)  # a part of what was released has the noise of a seed, whatever comes
         engine._key = key
         engine._opened = max(engine._opened, saved["opened"])
         engine._guarantees += [sentence for sentence in saved["guarantees"] if sentence not in engine._guarantees]

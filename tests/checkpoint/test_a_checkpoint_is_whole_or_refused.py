@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 import os
 import pickle
 import resource
@@ -12,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from interrupted import in_a_process
 from torch import nn
@@ -126,8 +127,6 @@ def test_a_pickle_bomb_with_a_right_checksum_does_not_go_off(tmp_path: Path) -> 
         def __reduce__(self) -> Any:
             return Path.touch, (tmp_path / "exploded",)
 
-    import hashlib
-
     payload = tmp_path / "payload"
     torch.save({"engine": Bomb()}, payload)
     for content in (payload.read_bytes(), pickle.dumps(Bomb())):
@@ -136,6 +135,17 @@ def test_a_pickle_bomb_with_a_right_checksum_does_not_go_off(tmp_path: Path) -> 
         with pytest.raises(CheckpointError, match="nothing of it was run"):
             Run().load(path)
     assert not (tmp_path / "exploded").exists()
+
+
+@example(content=b"t")  # torch's reader then takes an item from an empty stack
+@example(content=pickle.dumps({"engine": {}}, protocol=2))
+@given(content=st.binary(max_size=80))
+@settings(max_examples=300, deadline=None, suppress_health_check=list(HealthCheck))
+def test_any_bytes_with_a_right_checksum_are_refused(content: bytes, tmp_path: Path) -> None:
+    path = tmp_path / "made up"
+    path.write_bytes(checkpoint._TITLE + hashlib.sha256(content).hexdigest().encode() + b"\n" + content)
+    with pytest.raises(CheckpointError):
+        checkpoint.check(checkpoint.read(path), nn.Linear(1, 1), torch.optim.SGD([torch.zeros(1)], lr=0.1), {})
 
 
 SPOILED = st.one_of(

@@ -14,6 +14,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from interrupted import in_a_process
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -157,6 +158,27 @@ def test_what_others_do_to_the_file_meanwhile_stops_the_training(what: str, tmp_
     with pytest.raises(LedgerError):
         train(module, optimizer, loader, steps=1)
     assert torch.equal(module.weight, before)
+
+
+def test_a_forked_process_cannot_append_and_does_not_keep_the_file(tmp_path: Path) -> None:
+    path = tmp_path / "run.jsonl"
+    engine, module, optimizer, loader = private(path)
+    train(module, optimizer, loader, steps=1)
+    content = path.read_bytes()
+
+    def forked() -> None:
+        before = module.weight.clone()
+        with pytest.raises(LedgerError, match="forked from"):
+            train(module, optimizer, loader, steps=1)
+        assert torch.equal(module.weight, before)
+        engine._ledger.close()  # once more does nothing
+        with pytest.raises(LedgerError, match="in use by another"):
+            private(path)
+
+    assert in_a_process(forked)
+    assert path.read_bytes() == content
+    train(module, optimizer, loader, steps=1)
+    assert read_ledger(path).ledger.steps == 2
 
 
 def test_a_cut_last_line_is_told_from_tampering_and_dropped(tmp_path: Path) -> None:

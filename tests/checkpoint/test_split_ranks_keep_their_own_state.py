@@ -10,6 +10,8 @@ import pytest
 import torch
 from ranks import on_ranks
 from torch import nn
+from torch.distributed.checkpoint import load, save
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.fsdp import fully_shard
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -64,3 +66,33 @@ def test_they_go_on_in_the_middle_of_a_pass_bit_for_bit(tmp_path: Any) -> None:
         assert all(map(torch.equal, first, second))
         assert steps == counted == 4
     assert not (tmp_path / "whole").exists()
+
+
+@pytest.mark.filterwarnings("ignore")  # torch's own, on which of its collectives it has deprecated
+def test_torch_distributed_checkpoint_carries_module_and_optimizer(tmp_path: Any) -> None:
+    """It makes the optimizer's state by a step of zeros at rate 0, which is not released."""
+
+    def both(rank: int) -> Any:
+        run = private()
+        batches = iter(run["loader"])
+        train(run, batches, 2)
+        module, optimizer = get_state_dict(run["module"], run["optimizer"])
+        save({"module": module, "optimizer": optimizer}, checkpoint_id=tmp_path)
+        state = run["engine"].state_dict()
+        train(run, batches, 2)
+        again = private()
+        module, optimizer = get_state_dict(again["module"], again["optimizer"])
+        made = again["engine"].steps, len(again["engine"].accountant), again["optimizer"].noise_step
+        parts = {"module": module, "optimizer": optimizer}
+        load(parts, checkpoint_id=tmp_path)
+        set_state_dict(
+            again["module"], again["optimizer"], model_state_dict=parts["module"], optim_state_dict=parts["optimizer"]
+        )
+        again["engine"].load_state_dict(state)
+        train(again, iter(again["loader"]), 2)
+        return parameters(run), parameters(again), made, again["engine"].steps
+
+    for first, second, made, steps in on_ranks(2, both):
+        assert made == (0, 0, 0)
+        assert all(map(torch.equal, first, second))
+        assert steps == 4

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import time
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -10,6 +13,7 @@ import torch.nn.functional as F
 from ranks import on_ranks
 from torch import nn
 from torch.distributed.fsdp import fully_shard
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, TensorDataset
 
 from ghostgrad import PrivacyEngine, PrivacyError
@@ -103,3 +107,36 @@ def test_split_ranks_raise_before_they_step(difference: Any, named: str) -> None
     for said, made in on_ranks(2, lambda rank: run(rank, difference, split=True)):
         assert named in said
         assert made == 0
+
+
+@pytest.mark.parametrize(("leave", "timeout"), [(lambda: os._exit(0), 30.0), (lambda: time.sleep(5.0), 2.0)])
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_when_a_rank_dies_or_stops_the_others_raise_within_the_time_out(
+    wrapped: bool, leave: Callable[[], None], timeout: float
+) -> None:
+    def lonely(rank: int) -> tuple[float, int, int]:
+        torch.manual_seed(0)
+        module: nn.Module = nn.Linear(3, 2)
+        engine = PrivacyEngine()
+        module, optimizer, loader = engine.make_private(
+            module=DistributedDataParallel(module) if wrapped else module,
+            optimizer=torch.optim.SGD(module.parameters(), lr=0.1), noise_multiplier=1.0, max_grad_norm=1.0,
+            data_loader=DataLoader(TensorDataset(torch.randn(24, 3), torch.arange(24) % 2), batch_size=6),
+        )  # fmt: skip
+        for x, y in loader:
+            if rank and engine.steps == 2:
+                leave()
+                return 0.0, 0, 0
+            before, began = [p.clone() for p in module.parameters()], time.monotonic()
+            F.cross_entropy(module(x), y, reduction="sum").div(max(1, len(x))).backward()
+            try:
+                optimizer.step()
+            except RuntimeError:
+                assert all(map(torch.equal, before, module.parameters()))
+                return time.monotonic() - began, engine.steps, len(engine.accountant)
+            optimizer.zero_grad()
+        return -1.0, -1, -1
+
+    waited, steps, counted = on_ranks(2, lonely, timeout=timeout)[0]
+    assert 0 <= waited < timeout + 2
+    assert steps == 2 <= counted

@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ghostgrad.errors import ConfigurationError
+from ghostgrad.errors import ConfigurationError, as_float
 
 
 class ClipFunction(ABC):
@@ -173,7 +173,7 @@ def check_bound(max_grad_norm: float) -> float:
     """
     if isinstance(max_grad_norm, bool) or not isinstance(max_grad_norm, (int, float)):
         raise ConfigurationError(f"max_grad_norm={max_grad_norm!r} must be a number.")
-    if not (math.isfinite(max_grad_norm) and max_grad_norm > 0):
+    if not 0 < as_float(max_grad_norm) < math.inf:
         raise ConfigurationError(
             f"max_grad_norm={max_grad_norm} must be positive and finite: it bounds what one record can change, and the noise "
             f"is scaled to it."

@@ -32,6 +32,7 @@ class Entry:
         step: address of the step's noise; None but in ``"release"``.
         digest: of the released gradient; empty but in ``"release"``.
         steps: logical steps that it stands for.
+        guarantee: for which neighbouring datasets, under which sampling, a training is accounted; empty but in ``"training"``.
     """
 
     line: int
@@ -42,6 +43,7 @@ class Entry:
     step: int | None = None
     digest: str = ""
     steps: int = 0
+    guarantee: str = ""
 
 
 @dataclass
@@ -50,7 +52,7 @@ class LedgerText:
 
     Attributes:
         identity: the random name of the file, the same in all copies of it; empty for an empty file.
-        relation: for which neighbouring datasets it is accounted.
+        relation: for which neighbouring datasets its first accountant works; see `guarantees`.
         entries: all lines but the header.
         hashes: SHA-256 of each line.
         cut: bytes at the end that are no whole line: a crash in the middle of a write, of a step that was not made.
@@ -66,6 +68,11 @@ class LedgerText:
     def head(self) -> str:
         """The hash of the last line; of 64 zeros where there is none."""
         return self.hashes[-1] if self.hashes else ORIGIN
+
+    @property
+    def guarantees(self) -> list[str]:
+        """For which neighbouring datasets, under which sampling, its trainings are accounted: each sentence once."""
+        return list(dict.fromkeys(entry.guarantee for entry in self.entries if entry.guarantee))
 
     @property
     def ledger(self) -> Ledger:
@@ -196,7 +203,7 @@ def _entry(plain: Mapping[str, Any], number: int, known: dict[str, Event]) -> En
     if kind == "recorded":
         return Entry(number, kind, run, tuple(_events(plain["events"], known)), steps=_count(plain["steps"]))
     if kind == "training":
-        return Entry(number, kind, run, (), _count(plain["training"]))
+        return Entry(number, kind, run, (), _count(plain["training"]), guarantee=_text(plain["relation"]))
     raise ValueError(f"kind {kind!r:.40}")
 
 

@@ -68,6 +68,14 @@ def _assumptions(data: Mapping[str, Any]) -> Iterator[Finding]:
             "assumed",
             "All releases of the ledger were made elsewhere and loaded. How batches were drawn and noise was made is unknown.",
         )
+    missing = data["releases"]["steps"] - sum(t["steps"] for t in trainings)
+    if missing > 0 and any(t["steps"] for t in trainings):
+        yield _finding(
+            "carried-over",
+            "assumed",
+            f"{missing:,} of the {data['releases']['steps']:,} steps came with a checkpoint or a ledger file and are of none of "
+            f"the trainings below: how their batches were drawn and their noise was made is unknown.",
+        )
     for kind in data["releases"]["by_hand"]:
         opaque = kind["kind"] == "Opaque"
         what = "known only by the epsilon and delta that the user stated" if opaque else "as the user described them"
@@ -81,7 +89,7 @@ def _assumptions(data: Mapping[str, Any]) -> Iterator[Finding]:
 
 def _differences(data: Mapping[str, Any]) -> Iterator[Finding]:
     trainings = data["trainings"]
-    if any(t["sampling"]["observed"] == "own batches" for t in trainings):
+    if data["neighbouring"] == "zero-out":
         yield _finding(
             "not-amplified",
             "other",

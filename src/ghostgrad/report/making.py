@@ -14,6 +14,7 @@ from ghostgrad.report.findings import find, verdict
 from ghostgrad.report.numbers import UNKNOWN
 from ghostgrad.report.privacy_report import FORMAT, VERSION, PrivacyReport
 from ghostgrad.report.reading import accountants, attacks, epsilons, figures, kept, releases, tightest
+from ghostgrad.spending import ShuffledSpending
 
 DEFAULT_DELTAS = (1e-5, 1e-6, 1e-8)
 
@@ -42,6 +43,7 @@ def make_report(
     *,
     accountant: Accountant,
     trainings: Sequence[Mapping[str, Any]],
+    steps: int,
     guarantee: str,
     budget: tuple[float, float] | None,
     deltas: Sequence[float],
@@ -55,6 +57,7 @@ def make_report(
     Args:
         accountant: what was released.
         trainings: `training_facts` of each.
+        steps: logical steps made, also by trainings of which nothing else is known any more.
         guarantee: neighbouring relation and sampling, as a sentence.
         budget: target epsilon and delta that are kept.
         deltas, privacy_unit, title, statements: as in ``PrivacyEngine.report``.
@@ -67,7 +70,7 @@ def make_report(
     stated = _checked_statements(statements)
     for name, text in (("privacy_unit", privacy_unit), ("title", title)):
         _check_text(name, text)
-    neighbouring = _relation(accountant, trainings)
+    neighbouring = _relation(accountant, trainings, guarantee)
     held = accountants(accountant.ledger, neighbouring, accountant)
     tight = tightest(held)
     data: dict[str, Any] = {
@@ -81,7 +84,7 @@ def make_report(
         "guarantee": guarantee,
         "accountant": accountant.mechanism,
         "epsilon": epsilons(held, asked),
-        "releases": releases(accountant.ledger, sum(training["steps"] for training in trainings)),
+        "releases": releases(accountant.ledger, steps),
         "ledger": kept(accountant.ledger),
         "budget": None if budget is None else {"epsilon": budget[0], "delta": budget[1]},
         "trainings": [dict(training) for training in trainings],
@@ -96,7 +99,7 @@ def make_report(
     return PrivacyReport.from_data(data)
 
 
-def _relation(accountant: Accountant, trainings: Sequence[Mapping[str, Any]]) -> str:
+def _relation(accountant: Accountant, trainings: Sequence[Mapping[str, Any]], guarantee: str) -> str:
     """The relation that every part holds for.
 
     A Poisson-sampled step bounds blanking a record as it bounds removing it (a blank adds nothing to the sum), so that with
@@ -105,7 +108,8 @@ def _relation(accountant: Accountant, trainings: Sequence[Mapping[str, Any]]) ->
     if accountant.neighbouring == "replace-one":
         return "replace-one"
     blanked = any(training["sampling"]["assumed"] != "poisson" for training in trainings)
-    return "zero-out" if blanked else "add-or-remove-one"
+    # Of a training that came with a checkpoint or a ledger file the sentence is what is known.
+    return "zero-out" if blanked or ShuffledSpending.guarantee in guarantee else "add-or-remove-one"
 
 
 def _checked_deltas(deltas: Sequence[float]) -> list[float]:

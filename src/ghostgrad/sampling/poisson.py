@@ -100,8 +100,8 @@ class PoissonBatchSampler(Sampler[list[int]]):
 
 
 def check_rate(sample_rate: float) -> None:
-    """Raise ``ConfigurationError`` unless ``sample_rate`` is a probability above 0."""
-    if isinstance(sample_rate, bool) or not math.isfinite(sample_rate) or not 0 < sample_rate <= 1:
+    """Raise ``ConfigurationError`` unless ``sample_rate`` is a probability above 0, of which ``1 / sample_rate`` is finite."""
+    if isinstance(sample_rate, bool) or not 0 < sample_rate <= 1 or math.isinf(1 / sample_rate):
         raise ConfigurationError(
             f"sample_rate={sample_rate!r} is no probability; give expected batch size / number of records, in (0, 1]."
         )
