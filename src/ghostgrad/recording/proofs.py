@@ -66,7 +66,7 @@ def check_call(rule: Rule, call: Call, keep: Tensor) -> bool:
         if grad is None:
             continue
         led = rule.led(call, grad, index)
-        by_record = led.reshape(rows.n, -1, *led.shape[1:])
+        by_record = led.reshape(rows.n, len(led) // rows.n, *led.shape[1:])
         shown = shown or bool(by_record[keep.to(grad.device)].count_nonzero())
         others = by_record[~keep.to(grad.device)]
         if bool((others[others.isfinite()] != 0).any()):

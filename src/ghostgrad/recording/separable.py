@@ -149,7 +149,7 @@ def _reached(edge: GradientEdge, edges: list[GradientEdge], rows: Rows, grad: Te
     """At the outputs of which records [n] a gradient arrives."""
     reached = torch.zeros(rows.n, dtype=torch.bool)
     for found in torch.autograd.grad(edge, edges, grad, retain_graph=True, allow_unused=True):
-        if found is not None and rows.dim(found) is not None:
+        if found is not None and found.numel() and rows.dim(found) is not None:
             sizes = rows.split(found).flatten(1).nan_to_num().abs().amax(1).cpu()
             reached |= sizes > _TOLERANCE * sizes.max()
     return reached
