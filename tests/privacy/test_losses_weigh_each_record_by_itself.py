@@ -459,6 +459,18 @@ def test_a_weight_that_is_given_to_backward_is_refused() -> None:
             loss.backward(**spelled) if spelled else torch.autograd.backward([loss], [1 / mask.sum()])
 
 
+def test_several_losses_in_one_backward_are_to_be_added_up() -> None:
+    model, x, y = classifier()
+    model, optimizer, _ = made_private(model)
+    out = model(x)
+    with pytest.raises(PrivacyError, match="Add them up"):
+        torch.autograd.backward([F.cross_entropy(out, y), out.square().mean()])
+    optimizer.zero_grad()
+    out = model(x.clone())
+    (F.cross_entropy(out, y) + out.square().mean()).backward()
+    optimizer.step()
+
+
 @pytest.mark.parametrize("later", [3, 5])
 def test_a_size_that_is_the_number_of_records_by_chance_is_taken_for_what_it_was(later: int) -> None:
     """A mask of three columns in a batch of three records: not a pair of records, as a batch of four has shown."""

@@ -108,8 +108,9 @@ def check_losses(
     """
     graphs = [list(nodes_of(loss)) for loss in losses]
     scale = scale_in(node for nodes in graphs for node in nodes)
-    for loss, nodes in zip(losses, graphs, strict=True):
-        boundaries = [node for node in nodes if node.name() == BOUNDARY]
+    ends = [[node for node in nodes if node.name() == BOUNDARY] for nodes in graphs]
+    _check_one_loss_each(ends)
+    for loss, nodes, boundaries in zip(losses, graphs, ends, strict=True):
         if not boundaries or len(nodes) >= MOST_NODES:
             continue
         if nested and weighted:
@@ -134,6 +135,16 @@ def check_losses(
             _check_weights(loss, of_model, leading_to(of_model, nodes))
         for boundary in boundaries:
             boundary.tape.read = True
+
+
+def _check_one_loss_each(ends: Sequence[Sequence[Any]]) -> None:
+    """Each loss is read by itself, so those of one model have to be one loss."""
+    models = [model for boundaries in ends for model in {id(boundary.knowledge) for boundary in boundaries}]
+    if len(set(models)) < len(models):
+        raise PrivacyError(
+            "torch.autograd.backward was given several losses of one private model. Add them up and call backward once: "
+            "(a + b).backward() has the same gradients."
+        )
 
 
 def _by_model(boundaries: Iterable[Any]) -> list[list[Any]]:
