@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from ghostgrad import _forms as forms
 from ghostgrad.distributed import is_split
 from ghostgrad.errors import CheckpointError, ConfigurationError
+from ghostgrad.ledger.writing import sync_folder
 from ghostgrad.random_states import GLOBAL_STATES, check_global_states, global_states
 
 _TITLE = b"ghostgrad checkpoint 1 sha256 "
@@ -151,16 +152,6 @@ class _Rest(io.RawIOBase):
 
     def seekable(self) -> bool:
         return True
-
-
-def sync_folder(folder: Path) -> None:
-    """See to it that a name in the folder is on the disk."""
-    if os.name == "posix":  # elsewhere a folder cannot be opened
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
 
 
 def check_plain(value: Any, place: str) -> None:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ghostgrad.accounting import Accountant, Gaussian, Ledger, PoissonSampled
-from ghostgrad.distributed import Topology
+from ghostgrad.distributed import Topology, local
 from ghostgrad.errors import LedgerError, PrivacyError
 from ghostgrad.ledger import LedgerFile
 from ghostgrad.spent import Spent, part
@@ -144,8 +144,7 @@ def digest(tensors: Iterable[Tensor]) -> str:
     """Equal for tensors that are equal bit by bit (of a sharded one, this rank's part)."""
     found = hashlib.blake2b(digest_size=16)
     for tensor in tensors:
-        local = tensor.to_local() if hasattr(tensor, "to_local") else tensor
-        flat = local.detach().cpu().contiguous().reshape(-1)
+        flat = local(tensor.detach()).cpu().contiguous().reshape(-1)
         found.update(f"{tuple(flat.shape)} {flat.dtype}".encode())
         found.update(flat.view(torch.uint8).numpy().data)
     return found.hexdigest()

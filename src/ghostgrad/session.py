@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import nn
@@ -46,11 +46,11 @@ class SessionPlan:
     number: int = 0
     """How many trainings the engine opened before."""
 
-    @cached_property
-    def bound(self) -> Any:
-        """``max_grad_norm`` as it was when the training was opened."""
-        bound = self.function.bound
-        return list(bound) if isinstance(bound, list) else bound
+    bound: Any = field(init=False)
+    """``max_grad_norm`` as it is when the training is opened: schedules and adaptive clipping move the function's."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "bound", copy.copy(self.function.bound))
 
     @property
     def spending(self) -> Spending:
@@ -108,7 +108,6 @@ class Session:
 
     def __init__(self, plan: SessionPlan, accountant: Accountant, budget: Budget | None, journal: Journal) -> None:
         self.plan = plan
-        plan.bound  # noqa: B018 - noted before it moves
         self.module, self.mode, self.loader = plan.module, plan.mode, plan.loader
         self.sample_rate = plan.sample_rate
         loader, optimizer, delivery = plan.loader, plan.optimizer, plan.delivery

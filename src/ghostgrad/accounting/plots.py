@@ -12,7 +12,8 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 
-def _axes(axes: Axes | None) -> Any:
+def axes_or_new(axes: Axes | None) -> Any:
+    """Those that are given, or the axes of a new figure; raises ``MissingDependencyError`` without matplotlib."""
     if axes is not None:
         return axes
     try:
@@ -33,7 +34,7 @@ def plot_epsilon(accountant: Accountant, delta: float, axes: Axes | None = None,
     >>> plot_epsilon(accountant, 1e-5, points=3).get_xlabel()
     'steps'
     """
-    drawn, curve = _axes(axes), epsilon_over_releases(accountant, delta, points)
+    drawn, curve = axes_or_new(axes), epsilon_over_releases(accountant, delta, points)
     drawn.plot(curve.x, curve.y)
     drawn.set(xlabel="steps", ylabel=curve.quantity, title=f"{curve.neighbouring}, {curve.accountant}")
     return drawn  # type: ignore[no-any-return]
@@ -48,7 +49,7 @@ def plot_profile(accountant: Accountant, axes: Axes | None = None) -> Axes:
     >>> plot_profile(accountant).get_yscale()
     'log'
     """
-    curve, drawn = privacy_profile(accountant), _axes(axes)
+    curve, drawn = privacy_profile(accountant), axes_or_new(axes)
     drawn.semilogy(curve.x, curve.y)
     drawn.set(xlabel="epsilon", ylabel="delta", title=f"{curve.neighbouring}, {curve.accountant}")
     return drawn  # type: ignore[no-any-return]
@@ -63,7 +64,7 @@ def plot_trade_off(accountant: Accountant, axes: Axes | None = None) -> Axes:
     >>> plot_trade_off(accountant).get_xlabel()
     'false positive rate'
     """
-    curve, drawn = trade_off(accountant), _axes(axes)
+    curve, drawn = trade_off(accountant), axes_or_new(axes)
     drawn.plot(curve.x, curve.y, label="best attack")
     drawn.plot([0.0, 1.0], [1.0, 0.0], linestyle="--", color="grey", label="guessing")
     drawn.legend()

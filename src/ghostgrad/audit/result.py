@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any, Literal
 from ghostgrad.accounting import Accountant
 from ghostgrad.accounting._checks import check_delta
 from ghostgrad.accounting._closed_forms import gaussian_epsilon
+from ghostgrad.accounting.plots import axes_or_new
 from ghostgrad.audit.bounds import check_confidence
 from ghostgrad.audit.evidence import Evidence
-from ghostgrad.errors import MissingDependencyError
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -127,7 +127,7 @@ class AuditResult:
 
     def plot(self, axes: Axes | None = None) -> Axes:
         """Draw the epsilon shown and the epsilon claimed over delta; return the axes. Needs the extra ``report``."""
-        drawn = _axes(axes)
+        drawn = axes_or_new(axes)
         deltas = [point.delta for point in self.curve]
         claimed = [point.claimed if math.isfinite(point.claimed) else math.nan for point in self.curve]
         drawn.semilogx(deltas, claimed, label="claimed: at most")
@@ -220,15 +220,3 @@ def _finite(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return [_finite(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def _axes(axes: Axes | None) -> Any:
-    if axes is not None:
-        return axes
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise MissingDependencyError(
-            "matplotlib is not installed, so nothing can be drawn; pip install 'ghostgrad[report]'."
-        ) from error
-    return Figure(figsize=(5.5, 3.6), layout="constrained").add_subplot()

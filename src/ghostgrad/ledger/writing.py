@@ -60,7 +60,7 @@ class LedgerFile:
                 self._append(header)
                 self.text.hashes.append(self.head)
             if new:
-                _sync_folder(os.path.dirname(self.path))
+                sync_folder(os.path.dirname(self.path))
         except BaseException:
             os.close(self._descriptor)
             raise
@@ -174,8 +174,9 @@ def _plain(events: Iterable[tuple[Event, int]]) -> list[Any]:
     return [[event_to_json(event), count] for event, count in events]
 
 
-def _sync_folder(folder: str) -> None:
-    if os.name == "posix":
+def sync_folder(folder: str | os.PathLike[str]) -> None:
+    """See to it that a name in the folder is on the disk."""
+    if os.name == "posix":  # elsewhere a folder cannot be opened
         descriptor = os.open(folder, os.O_RDONLY)
         try:
             os.fsync(descriptor)
