@@ -11,7 +11,7 @@ from layer_case import RECORDS, Case, frozen, randn
 from private_step import MODES, step_by_hand, truth
 from single_record import Gradients, assert_same_gradients, bound_that_clips_some, expected_gradient
 from torch import Tensor, nn
-from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
+from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
 from ghostgrad import GhostgradError, PrivacyEngine, PrivacyError
 
@@ -31,7 +31,8 @@ class Network(nn.Module):
     Args:
         kind: of the layer, a key of KINDS.
         use: of its outputs: "sequence", "final" or "both".
-        packed: "", "sorted" or "unsorted"; then lengths come as the second input.
+        packed: "", "sorted" or "unsorted"; then lengths come as the second input, and a linear layer sees the packed rows
+            (not beside dropout, where which rows are whose is not read).
         states: whether initial states come as the last input, [n, layers * directions, units].
     """
 
@@ -39,6 +40,7 @@ class Network(nn.Module):
         super().__init__()
         layer, own = KINDS[kind]
         self.before = nn.Linear(3, 3)
+        self.packed_rows = nn.Linear(3, 3) if packed and not options.get("dropout") else nn.Identity()
         self.cells = layer(3, 3, **own, **options)
         self.use, self.packed, self.states = use, packed, states
 
@@ -47,7 +49,8 @@ class Network(nn.Module):
         x = self.before(x) if cells.batch_first else self.before(x).transpose(0, 1)
         arguments: Any = (x,)
         if self.packed:
-            arguments = (pack_padded_sequence(x, others[0], cells.batch_first, self.packed == "sorted"),)
+            rows = pack_padded_sequence(x, others[0], cells.batch_first, self.packed == "sorted")
+            arguments = (PackedSequence(self.packed_rows(rows.data), *rows[1:]),)
         if self.states:
             arguments += (self._initial(others[-1]),)
         sequence, final = cells(*arguments)

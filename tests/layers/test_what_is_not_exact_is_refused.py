@@ -19,6 +19,7 @@ from single_record import (
     gradients_of_each_record,
 )
 from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence, pack_sequence
 
 from ghostgrad import ConfigurationError, PrivacyEngine, PrivacyError, UnsupportedModuleError
 
@@ -251,3 +252,49 @@ def test_a_module_that_changes_its_input_is_refused(mode):
     )
     with pytest.raises((*REFUSALS, RuntimeError)):
         train(case, mode)
+
+
+class EachOfAList(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(3, 2)
+
+    def forward(self, records: list[Tensor]) -> Tensor:
+        return torch.stack([self.linear(record).sum(0) for record in records])
+
+
+class LastStates(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.recurrent = nn.GRU(3, 2)
+
+    def forward(self, packed: PackedSequence) -> Tensor:
+        return self.recurrent(packed)[1][-1]
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize(
+    ("build", "form", "way_out"),
+    [
+        (EachOfAList, list, "pad_sequence"),
+        (EachOfAList, tuple, "pad_sequence"),
+        (LastStates, pack_sequence, "pack_padded_sequence in its forward"),
+    ],
+    ids=["list", "tuple", "packed"],
+)
+def test_records_that_lie_along_no_dimension_are_refused_with_the_way_out(mode, build, form, way_out):
+    model = build()
+    before = {name: weight.clone() for name, weight in model.named_parameters()}
+    private_step = PrivacyEngine().make_private(
+        module=model,
+        optimizer=torch.optim.SGD(model.parameters(), lr=1.0),
+        data_loader=None,
+        sample_rate=0.1,
+        expected_batch_size=4.0,
+        noise_multiplier=1.0,
+        max_grad_norm=1.0,
+        grad_sample_mode=mode,
+    )
+    with pytest.raises(UnsupportedModuleError, match=way_out):
+        private_step[0](form([torch.randn(length, 3) for length in (5, 3, 2)]))
+    assert all(torch.equal(before[name], weight) for name, weight in model.named_parameters())

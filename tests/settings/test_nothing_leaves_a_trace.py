@@ -6,6 +6,7 @@ import copy
 import io
 import pickle
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from small_models import MODES, TinyGPT, drawn, next_word, private, sentences, step
 from torch import Tensor, nn
+from torch.func import functional_call, grad, jacrev, vmap
 from torch.optim import Optimizer
 
 from ghostgrad import PrivacyError
@@ -106,6 +108,24 @@ def gradient_of_the_inputs_in_training_mode(model: nn.Module, optimizer: Optimiz
     torch.set_rng_state(state)
 
 
+def per_sample_gradients_by_functorch(model: nn.Module, optimizer: Optimizer) -> None:
+    weights = {name: weight.detach() for name, weight in model.named_parameters()}
+
+    def loss_of_one(weights: dict[str, Tensor], x: Tensor) -> Tensor:
+        return loss_of(partial(functional_call, model, weights), (x[None],))
+
+    state = torch.get_rng_state()
+    found = vmap(grad(loss_of_one), in_dims=(None, 0), randomness="different")(weights, images(98))
+    assert found["conv.weight"].shape == (6, 4, 1, 3, 3)
+    torch.set_rng_state(state)
+
+
+def jacobian_of_the_inputs_by_functorch(model: nn.Module, optimizer: Optimizer) -> None:
+    state = torch.get_rng_state()
+    assert jacrev(model, chunk_size=1)(images(99)).shape == (6, 3, 6, 1, 6, 6)
+    torch.set_rng_state(state)
+
+
 kept: list[Tensor] = []
 
 
@@ -140,6 +160,8 @@ BETWEEN: dict[str, Between] = {
     "saliency by backward": saliency_by_backward,
     "saliency cleared on the model": saliency_cleared_on_the_model,
     "adversarial example": adversarial_example,
+    "per-sample gradients by torch.func": per_sample_gradients_by_functorch,
+    "jacobian of the inputs by torch.func": jacobian_of_the_inputs_by_functorch,
     "forward without backward": forward_without_backward,
     "input gradients in training mode": gradient_of_the_inputs_in_training_mode,
     **{
@@ -185,6 +207,20 @@ def test_an_eval_mode_backward_that_is_not_cleared_is_refused(mode):
     loss_of(model, images(0)).backward()
     train_mode(model)
     with pytest.raises(PrivacyError, match="did not produce"):
+        optimizer.step()
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_penalty_on_a_gradient_by_functorch_is_refused(mode):
+    """It reaches the weights through a graph that is not recorded."""
+    model, optimizer = private(drawn(Net), mode, 0.5)
+    train_mode(model)
+    slopes = vmap(grad(lambda x: model(x[None]).sum()), randomness="different")(images(100))
+    with pytest.raises(PrivacyError, match="cannot be clipped"):
+        (loss_of(model, images(101)) + slopes.square().mean()).backward()
+    slopes = vmap(grad(lambda x: model(x[None]).sum()), randomness="different")(images(100))
+    slopes.square().mean().backward()
+    with pytest.raises(PrivacyError, match="the clipper did not produce"):
         optimizer.step()
 
 

@@ -87,7 +87,8 @@ class Recorder:
     """Records what the trainable parameters of ``root`` are used for.
 
     The root's pre-hook opens a tape and its forward hook puts a boundary behind the outputs; in between every call of a
-    module that owns trainable parameters gets a probe. Nothing is recorded in eval mode or without grad mode.
+    module that owns trainable parameters gets a probe. Nothing is recorded in eval mode, without grad mode, or inside
+    `torch.func.grad` and `vmap`, whose gradients do not become those of the parameters.
 
     Args:
         root: the module that the user calls.
@@ -168,7 +169,8 @@ class Recorder:
     def _enter_root(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
         modules = self.modules
         self._forget_interrupted()
-        recorded = not modules.is_paused and module.training and torch.is_grad_enabled() and not self._outer
+        idle = modules.is_paused or bool(self._outer) or torch._C._are_functorch_transforms_active()
+        recorded = not idle and module.training and torch.is_grad_enabled()
         self._outer.append((modules.tape, leave_uncompiled(recorded)))
         if not recorded:
             return None

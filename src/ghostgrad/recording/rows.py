@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import PackedSequence
 
 from ghostgrad.errors import UnsupportedModuleError
 from ghostgrad.tree import map_tensors, tensors
@@ -16,17 +17,34 @@ def count_records(args: Any, kwargs: Any, delivered: int | None, *, batch_first:
 
     Where another tensor has as many rows as the loader ``delivered`` records, these count: the first may be flat (the ids of
     ragged bags before their offsets).
+
+    Raises:
+        UnsupportedModuleError: no tensor with a batch dimension; a packed sequence, or a list of single records.
     """
     dim = 0 if batch_first else 1
-    sizes = [tensor.shape[dim] for tensor in tensors((args, kwargs)) if tensor.dim() > dim]
+    arguments = [argument for argument in (*args, *kwargs.values()) if tensors(argument)]
+    if any(isinstance(argument, PackedSequence) for argument in arguments):
+        raise UnsupportedModuleError(
+            "the module was called with a PackedSequence, whose rows are positions, those of all records mixed. Pass the padded "
+            "batch and the lengths to the module, and call pack_padded_sequence in its forward."
+        )
+    sizes = [tensor.shape[dim] for tensor in tensors(arguments) if tensor.dim() > dim]
     if delivered in sizes:
         return delivered
-    if sizes:
-        return sizes[0]
-    raise UnsupportedModuleError(
-        f"the module was called without a tensor that has a batch dimension (dimension {dim}), so the number of records is "
-        f"not known. Pass the batch to the module's forward as tensors."
-    )
+    if not sizes:
+        raise UnsupportedModuleError(
+            f"the module was called without a tensor that has a batch dimension (dimension {dim}), so the number of records is "
+            f"not known. Pass the batch to the module's forward as tensors."
+        )
+    first = arguments[0]
+    # A batch in several parts (of images at several sizes, say) has the same number of rows in each.
+    if isinstance(first, (list, tuple)) and len({part.shape[dim : dim + 1] for part in tensors(first)}) > 1:
+        raise UnsupportedModuleError(
+            f"the module was called with a {type(first).__name__} of tensors of different numbers of rows, so none is the batch. "
+            f"If they are single records, pad them to one tensor (torch.nn.utils.rnn.pad_sequence in the collate_fn) and "
+            f"pass lengths or a mask beside it."
+        )
+    return sizes[0]
 
 
 def one_row_of_zeros(tree: Any, *, batch_first: bool) -> Any:
