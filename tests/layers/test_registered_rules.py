@@ -212,6 +212,21 @@ def test_an_answer_that_does_not_fit_is_refused_by_name(mode, wrong, match):
         one_step(drawn(Model), mode, 1.0)
 
 
+@pytest.mark.parametrize("factor", [0.0, -1.0, 1.05, 2.0])
+@pytest.mark.parametrize("wrong", ["matrix", "gain", "table"])
+@pytest.mark.parametrize("mode", ["hooks", "ghost", "bk"])
+def test_an_answer_with_wrong_numbers_is_refused_on_the_first_batch(mode, wrong, factor):
+    def rule(call: Call) -> dict[str, Use]:
+        uses = mixer(call)
+        return {**uses, wrong: Explicit(factor * uses[wrong].grad_samples())}
+
+    model = drawn(Model)
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    with registered_rule(Mixer, rule), pytest.raises(ConfigurationError, match=rf"mixer\.{wrong}: .*rule of Mixer"):
+        one_step(model, mode, 1.0)
+    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
+
+
 # ---------------------------------------------------------------------- samplers as Opacus has them
 
 

@@ -47,6 +47,23 @@ def test_the_step_is_the_textbook_step_and_no_batch_size_is_compiled(mode, when)
     assert not torch._dynamo.config.disable, "compiling goes on elsewhere"
 
 
+@pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated")  # the tracer imports it
+@pytest.mark.parametrize("when", ["before", "after", "in place", "parts"])
+@pytest.mark.parametrize("mode", ["ghost", "bk"])
+def test_a_backend_that_traces_the_backward_too_gives_the_same(mode, when):
+    """Its backward frees what a second pass would need, and runs in eval mode as compiled."""
+    expected, bound = truth(TinyGPT)
+    model, optimizer = compiled_and_private(when, drawn(TinyGPT), mode, bound, "aot_eager")
+    optimizer.param_groups[0]["lr"] = 0.0
+    for _ in range(2):
+        model.eval()
+        with torch.no_grad():
+            model(sentences(4))
+        model.train()
+        found = {name.removeprefix("_orig_mod."): grad for name, grad in step(model, optimizer).items()}
+        assert_same_gradients(found, expected, relative=1e-9)
+
+
 @pytest.mark.parametrize("when", ["before", "after"])
 def test_a_forward_in_eval_mode_gives_the_same(when):
     model, optimizer = compiled_and_private(when, drawn(TinyGPT), "bk", 1.0, "eager")

@@ -123,7 +123,8 @@ class Recorder:
         self._shards = None if shards is None else Sharded(shards, self.modules, sink)
         self._slices = None if slices is None else Sliced(slices, self.modules)
         self._in_step = self._shards or self._slices
-        self._rehearsed = False
+        self._rehearsed: set[str] = set()
+        """Parameters that trained when a batch was rehearsed. One that was frozen then has not been looked at."""
         self._phase = Phase.MEASURE
         self._keep: Tensor | None = None
         self._shown: set[str] = set()
@@ -183,8 +184,9 @@ class Recorder:
         width = n if self._shards is None else max(n, 1)
         tape = Tape(n, delivery, width, rows_of(args, kwargs, n, batch_first=self.batch_first))
         self._live.add(tape)
-        if not self._rehearsed:
-            self._rehearse(args, kwargs, n)
+        training = {name for name, p in module.named_parameters() if p.requires_grad}
+        if not training <= self._rehearsed and self._rehearse(args, kwargs, n):
+            self._rehearsed |= training
         modules.tape = tape
         if n == 0:
             return one_row_of_zeros((args, kwargs), batch_first=self.batch_first)
@@ -198,16 +200,16 @@ class Recorder:
             compile_again(compiling)
             del self._outer[still:]
 
-    def _rehearse(self, args: Any, kwargs: Any, n: int) -> None:
+    def _rehearse(self, args: Any, kwargs: Any, n: int) -> bool:
         """On the first batch: prove that records do not meet, and find how the modules' calls are to be read.
 
-        A batch of one record cannot show where the records are.
+        Returns:
+            Whether that is known now. A batch of one record cannot show where the records are.
         """
         with proofs.gradients_set_aside(self.root):
             if self._in_step is not None:
-                self._rehearsed = self._in_step.rehearse(lambda: self._rehearse_alone(args, kwargs, n), n)
-            elif n:
-                self._rehearsed = self._rehearse_alone(args, kwargs, n) and n > 1
+                return self._in_step.rehearse(lambda: self._rehearse_alone(args, kwargs, n), n)
+            return bool(n) and self._rehearse_alone(args, kwargs, n) and n > 1
 
     def _rehearse_alone(self, args: Any, kwargs: Any, n: int) -> bool:
         with proofs.shaken(self.root):

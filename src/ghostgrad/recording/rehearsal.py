@@ -210,7 +210,14 @@ class Rehearsal:
         missing = set(
             self._totals.missing({p: grad.to_dense() if grad.is_sparse else grad for p, grad in plain.items()})
         )
-        for name in (name for name, p in parameters.items() if p in missing):
+        for name, p in ((name, p) for name, p in parameters.items() if p in missing):
+            if p in self._totals.registered:
+                kind = self._totals.registered[p].__name__
+                raise ConfigurationError(
+                    f"{name}: the gradients that the registered rule of {kind} answers with do not add up to the gradient of the "
+                    f"batch. Correct the rule; engine.check(batch, loss_fn) compares it record by record, and "
+                    f"ghostgrad.layers.unregister_rule({kind}) leaves the module to the generic rule."
+                )
             path, _, local = name.rpartition(".")
             kind = type(self._root.get_submodule(path)).__name__
             error = UnsupportedModuleError(

@@ -32,10 +32,12 @@ class Totals:
         self._half: set[nn.Parameter] = set()
         self._apart: set[nn.Parameter] = set()
         """Parameters whose records' gradients add up to something else on purpose."""
+        self.registered: dict[nn.Parameter, type[nn.Module]] = {}
+        """Parameters for which a rule of the user's answered, and the type that it is registered for."""
 
     def add(self, call: Call, uses: Mapping[str, Use]) -> None:
         """What one call used."""
-        of_the_user = any(registered(base) is not None for base in type(call.module).__mro__)
+        of_the_user = next((base for base in type(call.module).__mro__ if registered(base) is not None), None)
         narrow = call.autocast is not None or any(grad is not None and _is_half(grad) for grad in call.grad_outputs)
         for name, p in call.parameters.items():
             use = uses[name]
@@ -43,7 +45,9 @@ class Totals:
             self._sums[p] = self._sums[p] + total if p in self._sums else total
             if narrow or _is_half(p):
                 self._half.add(p)
-            if of_the_user or _by_frequency(call.module, name):
+            if of_the_user is not None:
+                self.registered[p] = of_the_user
+            if _by_frequency(call.module, name):
                 self._apart.add(p)
 
     def missing(self, plain: Mapping[nn.Parameter, Tensor]) -> list[nn.Parameter]:
