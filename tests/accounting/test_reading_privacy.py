@@ -46,6 +46,35 @@ def test_trade_off_is_below_the_exact_curve_and_close(gaussian: PLDAccountant) -
     assert curve.neighbouring == "add-or-remove-one"
 
 
+def test_upper_trade_off_is_above_the_exact_curve_and_close(gaussian: PLDAccountant) -> None:
+    curve = trade_off(gaussian, bound="upper")
+    exact = ndtr(ndtri(1.0 - curve.x) - 1.0)
+    assert (curve.y >= exact - 1e-12).all()
+    assert (curve.y <= exact + 0.01).all()
+
+
+@pytest.mark.parametrize(("sigma", "rate", "steps"), [(1.0, 0.01, 1000), (0.6, 0.3, 50), (4.0, 0.5, 1)])
+def test_bounds_of_the_trade_off_enclose_little(sigma: float, rate: float, steps: int) -> None:
+    accountant = PLDAccountant()
+    accountant.step(noise_multiplier=sigma, sample_rate=rate, steps=steps)
+    lower, upper = trade_off(accountant), trade_off(accountant, bound="upper")
+    assert (lower.y <= upper.y + 1e-12).all()
+    assert (upper.y - lower.y).max() < 0.015
+    assert (upper.y <= 1.0 - upper.x + 1e-12).all()
+
+
+def test_without_lower_bounds_of_delta_the_upper_trade_off_is_that_of_guessing() -> None:
+    accountant = RDPAccountant()
+    accountant.step(noise_multiplier=1.0, sample_rate=0.01, steps=1000)
+    curve = trade_off(accountant, bound="upper")
+    assert curve.y == pytest.approx(1.0 - curve.x)
+
+
+def test_an_unknown_bound_of_the_trade_off_is_refused(gaussian: PLDAccountant) -> None:
+    with pytest.raises(ConfigurationError, match="lower"):
+        trade_off(gaussian, bound="exact")
+
+
 def test_attack_bounds_are_those_of_the_gaussian(gaussian: PLDAccountant) -> None:
     assert membership_advantage(gaussian).value == pytest.approx(2 * ndtr(0.5) - 1, rel=1e-6)
     for fpr in (0.001, 0.05, 0.4):

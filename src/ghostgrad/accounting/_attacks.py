@@ -42,6 +42,30 @@ def missed(epsilons: Array, deltas: Array, false_positives: Array) -> Array:
     return np.asarray(np.maximum(0.0, np.maximum(steep.max(axis=1), flat.max(axis=1))))
 
 
+def reached(epsilons: Array, least: Array, false_positives: Array) -> Array:
+    """An upper bound of what `missed` bounds from below, given lower bounds of delta at ``epsilons``, which begin with 0.
+
+    Between two epsilons delta is at least what it is at the larger, and each of the two lines is highest at the smaller; beyond
+    the last delta is at least 0.
+    """
+    alpha = np.asarray(false_positives, dtype=np.float64)[:, None]
+    following = np.append(least[1:], 0.0)
+    with np.errstate(over="ignore"):
+        steep = 1.0 - following - np.exp(epsilons) * alpha
+        flat = np.exp(-epsilons) * (1.0 - following - alpha)
+    most = np.maximum(steep.max(axis=1), flat.max(axis=1))
+    return np.asarray(np.clip(most, 0.0, 1.0 - alpha[:, 0]))
+
+
+def lower_points(accountant: Accountant, count: int = 200) -> tuple[Array, Array]:
+    """Pairs ``(epsilon, lower bound of delta)``, evenly from epsilon 0 to where the bound is next to nothing."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", AccountingWarning)
+        top = accountant.get_bounds(1e-6).lower
+        epsilons = np.linspace(0.0, top if 0.0 < top < math.inf else 1.0, count)
+        return epsilons, np.array([accountant.get_delta_bounds(epsilon).lower for epsilon in epsilons.tolist()])
+
+
 def true_positive_bound(accountant: Accountant, false_positive: float, precision: float = 1e-4) -> float:
     """The largest true positive rate at one false positive rate, by the two lines of `missed` at the best epsilon.
 

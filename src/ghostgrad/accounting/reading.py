@@ -10,11 +10,19 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ghostgrad.accounting._attacks import curve_points, gaussian_above, missed, true_positive_bound
+from ghostgrad.accounting._attacks import (
+    curve_points,
+    gaussian_above,
+    lower_points,
+    missed,
+    reached,
+    true_positive_bound,
+)
 from ghostgrad.accounting._checks import (
     check_count,
     check_delta,
@@ -26,7 +34,7 @@ from ghostgrad.accounting._checks import (
 from ghostgrad.accounting.base import Accountant, fresh
 from ghostgrad.accounting.calibration import most_steps
 from ghostgrad.accounting.ledger import Ledger
-from ghostgrad.errors import ConfigurationError
+from ghostgrad.errors import ConfigurationError, choose
 
 Array = NDArray[np.float64]
 
@@ -108,22 +116,41 @@ def privacy_profile(accountant: Accountant, epsilons: Sequence[float] | Array | 
     return Curve(x, y, "delta over epsilon", accountant.neighbouring, accountant.mechanism)
 
 
-def trade_off(accountant: Accountant, false_positives: Sequence[float] | Array | None = None) -> Curve:
-    """Return the lower bound of an attacker's miss rate over false positive rates (the f of f-DP).
+def trade_off(
+    accountant: Accountant,
+    false_positives: Sequence[float] | Array | None = None,
+    *,
+    bound: Literal["lower", "upper"] = "lower",
+) -> Curve:
+    """Return bounds of the least miss rate of an attacker over false positive rates: the f of f-DP.
 
-    Dong, Roth and Su (2022), proposition 6, from points of the privacy curve; between them it is slightly too low.
+    Dong, Roth and Su (2022), proposition 6, from points of the privacy curve. The lower bound is what is guaranteed; the upper
+    bound says how much of it can be slack of the accounting, and is ``1 - x`` for an accountant without lower bounds. With
+    `PLDAccountant` they are about a hundredth apart.
+
+    Args:
+        accountant: what was released.
+        false_positives: rates in [0, 1]; default 101 of them.
+        bound: ``"lower"`` or ``"upper"``. Default ``"lower"``.
+
+    Raises:
+        ConfigurationError: a rate outside [0, 1], or another bound.
 
     >>> from ghostgrad.accounting import PLDAccountant
     >>> accountant = PLDAccountant()
     >>> accountant.step(noise_multiplier=1.0, sample_rate=1.0)
     >>> 0.73 < float(trade_off(accountant, [0.05]).y[0]) < 0.7405
     True
+    >>> 0.7405 < float(trade_off(accountant, [0.05], bound="upper").y[0]) < 0.75
+    True
     """
+    choose("bound", bound, ("lower", "upper"))
     grid = np.linspace(0.0, 1.0, 101) if false_positives is None else np.asarray(false_positives, dtype=np.float64)
     for value in grid.tolist():
         check_rate(value, "false_positives")
-    y = missed(*curve_points(accountant), grid)
-    return Curve(grid, y, "miss rate over false positive rate", accountant.neighbouring, accountant.mechanism)
+    y = missed(*curve_points(accountant), grid) if bound == "lower" else reached(*lower_points(accountant), grid)
+    quantity = f"{bound} bound of the miss rate over false positive rate"
+    return Curve(grid, y, quantity, accountant.neighbouring, accountant.mechanism)
 
 
 def membership_advantage(accountant: Accountant) -> Reading:
