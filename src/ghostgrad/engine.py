@@ -136,6 +136,7 @@ class PrivacyEngine:
         expected_batch_size: float | None = None,
         accumulation_steps: int = 1,
         noise_generator: torch.Generator | None = None,
+        max_memory: int | None = None,
     ) -> tuple[Any, ...]:
         """Return the module (the same object), a `DPOptimizer` and a `DPDataLoader`.
 
@@ -161,6 +162,8 @@ class PrivacyEngine:
             expected_batch_size: divisor of a mean loss; default ``sample_rate * n``, a float.
             accumulation_steps: loader batches that make up one logical batch.
             noise_generator: draw the noise from this generator instead of from the engine's key.
+            max_memory: bytes of inputs and output gradients that the one-pass mode may keep in a backward until the clip factors
+                are known. Weights beyond it take a second backward, as with ``"ghost"``. Default None: no limit.
 
         Returns:
             ``(module, optimizer, data_loader)``, or ``(module, optimizer, criterion, data_loader)`` with a criterion.
@@ -181,6 +184,7 @@ class PrivacyEngine:
             sigma = setup.check_noise_multiplier(noise_multiplier)
             setup.check_ranks(data_loader, topology)
             setup.check_module(module)
+            setup.check_max_memory(max_memory, mode, module)
             setup.check_optimizer(optimizer, module)
             if criterion is not None:
                 check_criterion(criterion, loss_reduction)
@@ -202,7 +206,7 @@ class PrivacyEngine:
             )
             plan = SessionPlan(
                 module, optimizer, loader, function, mode, noise, noise_multiplier, rate, size, batch_first,
-                loss_reduction, schedule, layout, shards, self._opened,
+                loss_reduction, schedule, layout, shards, max_memory, self._opened,
             )  # fmt: skip
         topology.agree({"the seed of the engine": self._seed_mark, **plan.facts()})
         # Everything was checked; from here on things change.
@@ -238,6 +242,7 @@ class PrivacyEngine:
         expected_batch_size: float | None = None,
         accumulation_steps: int = 1,
         noise_generator: torch.Generator | None = None,
+        max_memory: int | None = None,
         keep_budget: bool = True,
     ) -> tuple[Any, ...]:
         """As `make_private`, with the least noise for which the whole training stays within ``target_epsilon``.
@@ -300,7 +305,7 @@ class PrivacyEngine:
             max_grad_norm=max_grad_norm, criterion=criterion, batch_first=batch_first, loss_reduction=loss_reduction,
             poisson_sampling=poisson_sampling, clipping=clipping, grad_sample_mode=grad_sample_mode,
             sample_rate=sample_rate, expected_batch_size=expected_batch_size, accumulation_steps=accumulation_steps,
-            noise_generator=noise_generator,
+            noise_generator=noise_generator, max_memory=max_memory,
         )  # fmt: skip
         if keep_budget:
             self._budget = self._sessions[-1].optimizer.budget = budget

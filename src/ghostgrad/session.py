@@ -43,6 +43,7 @@ class SessionPlan:
     bound_schedule: Callable[[int], float] | None
     topology: Topology
     shards: Shards | None = None
+    max_memory: int | None = None
     number: int = 0
     """How many trainings the engine opened before."""
 
@@ -119,7 +120,7 @@ class Session:
         )
         self.recorder = Recorder(
             inner_module(plan.module),
-            Clipper(plan.function, total, plan.mode, plan.shards, plan.slices),
+            Clipper(plan.function, total, plan.mode, plan.shards, plan.slices, plan.max_memory),
             delivery,
             batch_first=plan.batch_first,
             generic_only=plan.mode is Mode.FUNCTORCH,

@@ -14,7 +14,14 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 
-from ghostgrad.clipping import AdaptiveClipping, AutomaticClipping, ClipFunction, FlatClipping, PerLayerClipping
+from ghostgrad.clipping import (
+    AdaptiveClipping,
+    AutomaticClipping,
+    ClipFunction,
+    FlatClipping,
+    Mode,
+    PerLayerClipping,
+)
 from ghostgrad.distributed import Shards, TensorParallel, Topology, fully_sharded_modules, is_split
 from ghostgrad.errors import ConfigurationError, PrivacyError, UnsupportedModuleError, as_float, choose
 from ghostgrad.keys import RunKey
@@ -121,6 +128,27 @@ def topology_of(module: nn.Module, topology: Topology) -> Topology:
     if not isinstance(module, nn.Module) or fully_sharded_modules(module):
         return topology
     return TensorParallel(module) if any(is_split(p) for p in module.parameters()) else topology
+
+
+def check_max_memory(max_memory: int | None, mode: Mode, module: nn.Module) -> None:
+    """Refuse a budget that is none, or in a mode in which there is nothing to choose.
+
+    Raises:
+        ConfigurationError: not a whole number >= 0, or not the one-pass mode on an unsplit model.
+    """
+    if max_memory is None:
+        return
+    if isinstance(max_memory, bool) or not isinstance(max_memory, int) or max_memory < 0:
+        raise ConfigurationError(
+            f"max_memory={max_memory!r} must be a whole number of bytes >= 0, or None for no limit."
+        )
+    split = any(is_split(p) for p in module.parameters())
+    if mode is not Mode.BK or split:
+        where = "a model that is split over ranks" if split else f"grad_sample_mode={mode.value!r}"
+        raise ConfigurationError(
+            f"max_memory={max_memory} with {where}: it limits what the one-pass mode 'bk' keeps. Leave it out; 'ghost' keeps "
+            f"norms only, 'hooks' and 'functorch' keep all per-sample gradients because they show them."
+        )
 
 
 def check_noise_generator(generator: torch.Generator | None, module: nn.Module) -> None:

@@ -41,13 +41,14 @@ def step_by_hand(
     dtype: torch.dtype = torch.float64,
     clipping: str = "flat",
     expected_batch_size: float = RECORDS,
+    max_memory: int | None = None,
 ) -> Gradients:
     """One step; the batch comes in ``parts`` of these sizes, a backward each."""
     model = case.model(dtype)
     model, optimizer, _ = PrivacyEngine(seed=0).make_private(
         module=model, optimizer=torch.optim.SGD(model.parameters(), lr=0.1), data_loader=None, sample_rate=0.5,
         expected_batch_size=expected_batch_size, noise_multiplier=0.0, max_grad_norm=max_grad_norm, clipping=clipping,
-        grad_sample_mode=mode, loss_reduction=loss_reduction, batch_first=case.batch_first,
+        grad_sample_mode=mode, loss_reduction=loss_reduction, batch_first=case.batch_first, max_memory=max_memory,
     )  # fmt: skip
     for part in _cut(case, case.batch(dtype), parts):
         _reduced(case.losses(model, *part), loss_reduction).backward()
@@ -75,6 +76,7 @@ def step_from_loader(
     physical: int | None = None,
     accumulation_steps: int = 1,
     loss_reduction: str = "mean",
+    max_memory: int | None = None,
 ) -> Gradients:
     """One step over all records, drawn by the private loader and handed out in pieces."""
     model, batch, dims = case.model(), case.batch(), case.batch_dims
@@ -87,7 +89,7 @@ def step_from_loader(
         module=model, optimizer=torch.optim.SGD(model.parameters(), lr=0.1),
         data_loader=DataLoader(data, batch_size=RECORDS // accumulation_steps, collate_fn=collate),
         sample_rate=1.0, noise_multiplier=0.0, max_grad_norm=max_grad_norm, accumulation_steps=accumulation_steps,
-        grad_sample_mode=mode, loss_reduction=loss_reduction, batch_first=case.batch_first,
+        grad_sample_mode=mode, loss_reduction=loss_reduction, batch_first=case.batch_first, max_memory=max_memory,
     )  # fmt: skip
     if physical is None:
         return _train(case, model, optimizer, loader, loss_reduction)

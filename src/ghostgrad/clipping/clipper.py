@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from enum import Enum
 
@@ -45,6 +46,8 @@ class Clipper:
         mode: what is kept between norms and sums.
         shards: where parameters are split over ranks, these add up each unit's sums at once and keep their own part.
         slices: where layers are cut into slices, the ranks that hold them, which join their norms.
+        max_memory: bytes of uses that the one-pass form may keep; of weights beyond it only the norm is taken, and a second
+            backward adds them up.
     """
 
     def __init__(
@@ -54,10 +57,12 @@ class Clipper:
         mode: Mode,
         shards: Shards | None = None,
         slices: TensorParallel | None = None,
+        max_memory: int | None = None,
     ) -> None:
         self.function, self.total, self.mode = function, total, mode
         self._shards, self._slices = shards, slices
-        self.two_passes = mode is Mode.GHOST
+        self._budget = 0.0 if mode is Mode.GHOST else math.inf if max_memory is None else float(max_memory)
+        self.may_pass_twice = self._budget < math.inf
         self._shows = mode in (Mode.HOOKS, Mode.FUNCTORCH)
         self.reset()
 
@@ -72,7 +77,9 @@ class Clipper:
         self._seen: Seen | None = None
         self._sums: dict[nn.Parameter, Tensor] = {}
         self._parts: dict[nn.Parameter, Tensor] = {}
+        self._postponed: set[nn.Parameter] = set()
         self._room = _ROOM
+        self._left = self._budget
 
     def admit(self, tapes: Sequence[Tape]) -> None:
         """Refuse records that must not be added to this step."""
@@ -87,28 +94,40 @@ class Clipper:
         if parameter in self._sq_norms:
             raise PrivacyError(
                 "a weight was used again after its norm had been taken (a module re-run by re-entrant checkpointing). Use "
-                "grad_sample_mode='bk', or checkpointing with use_reentrant=False."
+                "grad_sample_mode='bk' without max_memory, or checkpointing with use_reentrant=False."
             )
-        if self.two_passes and complete and parameter not in self._uses:
+        size = parameter.dtype.itemsize if parameter.dtype == torch.float64 else 4
+        if complete and parameter not in self._uses and use.held * size > self._left:
             self._sq_norms[parameter] = use.sq_norms()
+            self._postponed.add(parameter)
             return use.route, "norms"
         route = use.route
-        if not self.two_passes:
-            use = Explicit(use.grad_samples()) if self._shows else self._compact(use)
+        if self.mode is not Mode.GHOST:
+            use = Explicit(use.grad_samples()) if self._shows else self._compact(use, self._left / size)
+        self._left -= use.held * size
         self._uses.setdefault(parameter, []).append(use)
         kept = "per-sample gradients" if isinstance(use, Explicit) else "inputs and output gradients"
         return route, f"{kept} (p.grad_sample)" if self._shows else kept
 
-    def _compact(self, use: Use) -> Use:
-        small = use.compact(self._room)
+    def _compact(self, use: Use, left: float) -> Use:
+        small = use.compact(max(0, int(min(self._room, left - use.held))))
         self._room -= max(0, small.held - use.held)
         return small
 
     def settle(self, n: int, unit: float = 1.0) -> None:
         """Work out the factors; with one pass the sums too. A record's gradient is ``unit`` times what was measured."""
         joined = self._find_factors(n, unit) if n else {}
-        if not self.two_passes:
+        if self.mode is not Mode.GHOST:
             self._sum_up(joined)
+
+    @property
+    def passes_twice(self) -> bool:
+        """Whether a second backward has to add up what was measured: all of it, or weights of which nothing was kept."""
+        return self.mode is Mode.GHOST or bool(self._postponed)
+
+    def wants(self, parameter: nn.Parameter) -> bool:
+        """Whether the second backward is for this weight."""
+        return self.mode is Mode.GHOST or parameter in self._postponed
 
     def _find_factors(self, n: int, unit: float) -> dict[nn.Parameter, Use]:
         self._unit = unit

@@ -5,7 +5,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum, auto
 from typing import Any, Protocol
 
@@ -44,7 +44,15 @@ class Phase(Enum):
 class Sink(Protocol):
     """What the recorder needs of a clipper."""
 
-    two_passes: bool
+    may_pass_twice: bool
+    """Whether the graph has to stay for a second backward."""
+
+    @property
+    def passes_twice(self) -> bool:
+        """Whether a second backward has to follow the one that was settled."""
+
+    def wants(self, parameter: nn.Parameter) -> bool:
+        """Whether the second backward is for this weight."""
 
     def admit(self, tapes: Sequence[Tape]) -> None:
         """Refuse records that must not be added to this step; called before any sum is touched."""
@@ -286,20 +294,29 @@ class Recorder:
             if proofs.check_call(rule, call, self._keep):
                 self._shown.add(call.path)
             return
-        if self._phase is Phase.MEASURE:
-            self._linearity.check(call)
+        if self._phase is Phase.SUM:
+            self._add_up(rule, call)
+            return
+        self._linearity.check(call)
         uses = self.modules.uses(rule, call)
         routes, kept = {}, {}
         for name, held in call.parameters.items():
-            parameter = held if self._shards is None else self._shards.owner(held)
-            if self._phase is Phase.SUM:
-                self.sink.add(parameter, uses[name])
-                continue
+            parameter = self._owner(held)
             tape.calls[held] -= 1
             complete = tape.calls[held] == 0 and len(self._live) == 1
             routes[name], kept[name] = self.sink.measure(parameter, uses[name], complete=complete)
         if routes and call.path not in self.observed:
             self.observed[call.path] = Observation(rule.name, routes, kept)
+
+    def _add_up(self, rule: Rule, call: Call) -> None:
+        wanted = {name: p for name, p in call.parameters.items() if self.sink.wants(self._owner(p))}
+        uses = self.modules.uses(rule, replace(call, parameters=wanted)) if wanted else {}
+        for name, held in wanted.items():
+            self.sink.add(self._owner(held), uses[name])
+
+    def _owner(self, held: nn.Parameter) -> nn.Parameter:
+        """The optimizer's parameter, where a module holds a gathered one in its place."""
+        return held if self._shards is None else self._shards.owner(held)
 
     def _backward(self, recording: Recording, grads: tuple[Tensor | None, ...]) -> Sequence[Tensor | None]:
         """Answer the gradients of the root's outputs: measure every use now, add up when the outermost backward ends."""
@@ -380,7 +397,7 @@ class Recorder:
             self._isolate(recording, rows)
         elif tape.isolate:
             self._pass_twice(recording, _zeros(recording, recording.grads))
-        self._run(recording, Phase.MEASURE, recording.grads, retain=self.sink.two_passes)
+        self._run(recording, Phase.MEASURE, recording.grads, retain=self.sink.may_pass_twice)
         self._check_foreign_gradients()
 
     def _isolate(self, recording: Recording, rows: Rows) -> None:
@@ -400,7 +417,7 @@ class Recorder:
         recording.grads = _zeros(recording, grads)
         if recording.tape.isolate:
             self._pass_twice(recording, recording.grads)
-        self._run(recording, Phase.MEASURE, recording.grads, retain=self.sink.two_passes)
+        self._run(recording, Phase.MEASURE, recording.grads, retain=self.sink.may_pass_twice)
         self._check_foreign_gradients()
 
     def _pass_twice(self, recording: Recording, grads: Sequence[Tensor | None]) -> None:
@@ -441,7 +458,7 @@ class Recorder:
             check_same_records(tapes)
             if tapes[0].width:
                 self.sink.settle(tapes[0].n, self._unit(tapes[0]) / self._scale(tapes[0]))
-                if self.sink.two_passes:
+                if self.sink.passes_twice:
                     for recording in recordings:
                         self._run(recording, Phase.SUM, recording.grads, retain=False)
                 if self._shards is not None:
