@@ -332,13 +332,16 @@ class DPOptimizer(Optimizer):
                 self._written[p] = p.grad
 
     def _update_clip_function(self, noise_multiplier: float, size: float, statistic: float) -> None:
-        noise = torch.zeros(1, dtype=torch.float64)
-        self.noise.add_(noise, std=1.0, step=self.noise_step, index=_OWN_RELEASE)
+        def noise() -> float:
+            one = torch.zeros(1, dtype=torch.float64)
+            self.noise.add_(one, std=1.0, step=self.noise_step, index=_OWN_RELEASE)
+            return float(one)
+
         self.clip_function.update(
             statistic=statistic,
             expected_batch_size=size,
             noise_multiplier=noise_multiplier,
-            noise=float(noise),
+            noise=noise,
         )
 
     def _refuse_foreign_gradients(self) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -92,8 +93,10 @@ class AdaptiveClipping(ClipFunction):
         unclipped = sq_norms.sum(1).sqrt() <= self.bound  # False for a norm that is not finite
         return float((unclipped.to(torch.float64) - 0.5).sum())
 
-    def update(self, *, statistic: float, expected_batch_size: float, noise_multiplier: float, noise: float) -> None:
+    def update(
+        self, *, statistic: float, expected_batch_size: float, noise_multiplier: float, noise: Callable[[], float]
+    ) -> None:
         std = self.unclipped_num_std if self.unclipped_num_std is not None and noise_multiplier else 0.0
-        share = 0.5 + (statistic + std * noise) / expected_batch_size
+        share = 0.5 + (statistic + std * noise()) / expected_batch_size
         moved = self.bound * math.exp(-self.learning_rate * (share - self.quantile))
         self.bound = min(max(moved, self.min_bound), self.max_bound)

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -58,9 +58,9 @@ class ClipFunction(ABC):
         return 0.0
 
     def update(  # noqa: B027 (most functions stay as they are)
-        self, *, statistic: float, expected_batch_size: float, noise_multiplier: float, noise: float
+        self, *, statistic: float, expected_batch_size: float, noise_multiplier: float, noise: Callable[[], float]
     ) -> None:
-        """The logical step is over; ``noise`` is one standard Gaussian for what the function itself releases."""
+        """The logical step is over; ``noise()`` is one standard Gaussian for what the function itself releases."""
 
 
 def _finite_total(sq_norms: Tensor) -> tuple[Tensor, Tensor]:
