@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Mapping, Sequence
 from enum import Enum
 
@@ -14,11 +15,16 @@ from ghostgrad.clipping.functions import ClipFunction
 from ghostgrad.clipping.measurement import Seen
 from ghostgrad.distributed import Shards, TensorParallel, Unit
 from ghostgrad.errors import PrivacyError
+from ghostgrad.free_memory import free_memory
 from ghostgrad.gradients import Explicit, Use, join
 from ghostgrad.recording import Tape
 
 _ROOM = 1 << 24
 """How many elements of per-sample gradients the one-pass form may keep beyond what they are made of: 64 MiB in float32."""
+
+
+_WORTH_A_LOOK = 1 << 28
+"""Bytes of per-sample gradients from which the free memory is asked for."""
 
 
 class Mode(Enum):
@@ -64,6 +70,7 @@ class Clipper:
         self._budget = 0.0 if mode is Mode.GHOST else math.inf if max_memory is None else float(max_memory)
         self.may_pass_twice = self._budget < math.inf
         self._shows = mode in (Mode.HOOKS, Mode.FUNCTORCH)
+        self._warned = False
         self.reset()
 
     def reset(self) -> None:
@@ -102,12 +109,30 @@ class Clipper:
             self._postponed.add(parameter)
             return use.route, "norms"
         route = use.route
+        if self._shows and not self._uses:
+            self._foresee(use.n)
         if self.mode is not Mode.GHOST:
             use = Explicit(use.grad_samples()) if self._shows else self._compact(use, self._left / size)
         self._left -= use.held * size
         self._uses.setdefault(parameter, []).append(use)
         kept = "per-sample gradients" if isinstance(use, Explicit) else "inputs and output gradients"
         return route, f"{kept} (p.grad_sample)" if self._shows else kept
+
+    def _foresee(self, n: int) -> None:
+        """Say that the per-sample gradients of all weights will not fit, before they are there."""
+        parameters = self.total.parameters()
+        size = sum(n * p.numel() * max(4, p.dtype.itemsize) for p in parameters)
+        if size < _WORTH_A_LOOK or self._warned:
+            return
+        free = free_memory(parameters[0].device)
+        if free is not None and size > free:
+            self._warned = True
+            warnings.warn(
+                f"grad_sample_mode={self.mode.value!r} keeps the gradient of every record: {n} records x "
+                f"{sum(p.numel() for p in parameters):,} parameters are {size / 2**30:.1f} GiB, and {free / 2**30:.1f} GiB are "
+                f"free. Use 'bk' or 'ghost', which keep less, or a BatchMemoryManager with smaller physical batches.",
+                stacklevel=2,
+            )
 
     def _compact(self, use: Use, left: float) -> Use:
         small = use.compact(max(0, int(min(self._room, left - use.held))))

@@ -11,6 +11,7 @@ from typing import Protocol
 import torch
 
 from ghostgrad.errors import ConfigurationError
+from ghostgrad.free_memory import free_memory, kilobytes
 
 _FIRST = 2
 """Records of the first piece: one alone cannot show where the records are."""
@@ -102,14 +103,14 @@ class ProcessMemory:
             ) from error
 
     def free(self) -> int:
-        return _kilobytes(Path("/proc/meminfo"), "MemAvailable") << 10
+        return free_memory(torch.device("cpu")) or 0
 
     def start(self) -> None:
         _PEAK.write_text("5")  # the high-water mark starts anew
-        self._before = _kilobytes(_STATUS, "VmRSS")
+        self._before = kilobytes(_STATUS, "VmRSS")
 
     def peak(self) -> int:
-        return max(0, _kilobytes(_STATUS, "VmHWM") - self._before) << 10
+        return max(0, kilobytes(_STATUS, "VmHWM") - self._before) << 10
 
 
 class CudaMemory:
@@ -119,8 +120,7 @@ class CudaMemory:
         self._device = device
 
     def free(self) -> int:
-        unused = torch.cuda.memory_reserved(self._device) - torch.cuda.memory_allocated(self._device)
-        return int(torch.cuda.mem_get_info(self._device)[0]) + unused
+        return free_memory(self._device) or 0
 
     def start(self) -> None:
         torch.cuda.reset_peak_memory_stats(self._device)
@@ -137,8 +137,3 @@ def meter_of(device: torch.device) -> Meter:
         ConfigurationError: nothing does.
     """
     return CudaMemory(device) if device.type == "cuda" else ProcessMemory()
-
-
-def _kilobytes(file: Path, entry: str) -> int:
-    (line,) = (line for line in file.read_text().splitlines() if line.startswith(entry + ":"))
-    return int(line.split()[1])
