@@ -22,7 +22,6 @@ from ghostgrad.recording import Tape
 _ROOM = 1 << 24
 """How many elements of per-sample gradients the one-pass form may keep beyond what they are made of: 64 MiB in float32."""
 
-
 _WORTH_A_LOOK = 1 << 28
 """Bytes of per-sample gradients from which the free memory is asked for."""
 

@@ -133,6 +133,8 @@ class Recorder:
         self._in_step = self._shards or self._slices
         self._rehearsed: set[str] = set()
         """Parameters that trained when a batch was rehearsed. One that was frozen then has not been looked at."""
+        self._rehearsed_alone: set[str] = set()
+        """The same for a batch of one record, which says how to read others of one, and nothing about several."""
         self._phase = Phase.MEASURE
         self._keep: Tensor | None = None
         self._shown: set[str] = set()
@@ -192,9 +194,7 @@ class Recorder:
         width = n if self._shards is None else max(n, 1)
         tape = Tape(n, delivery, width, rows_of(args, kwargs, n, batch_first=self.batch_first))
         self._live.add(tape)
-        training = {name for name, p in module.named_parameters() if p.requires_grad}
-        if not training <= self._rehearsed and self._rehearse(args, kwargs, n):
-            self._rehearsed |= training
+        self._rehearse(args, kwargs, n)
         modules.tape = tape
         if n == 0:
             return one_row_of_zeros((args, kwargs), batch_first=self.batch_first)
@@ -208,16 +208,18 @@ class Recorder:
             compile_again(compiling)
             del self._outer[still:]
 
-    def _rehearse(self, args: Any, kwargs: Any, n: int) -> bool:
-        """On the first batch: prove that records do not meet, and find how the modules' calls are to be read.
-
-        Returns:
-            Whether that is known now. A batch of one record cannot show where the records are.
-        """
+    def _rehearse(self, args: Any, kwargs: Any, n: int) -> None:
+        """On the first batch: prove that records do not meet, and find how the modules' calls are to be read."""
+        training = {name for name, p in self.root.named_parameters() if p.requires_grad}
+        if training <= self._rehearsed or (n == 1 and training <= self._rehearsed_alone):
+            return
         with proofs.gradients_set_aside(self.root):
             if self._in_step is not None:
-                return self._in_step.rehearse(lambda: self._rehearse_alone(args, kwargs, n), n)
-            return bool(n) and self._rehearse_alone(args, kwargs, n) and n > 1
+                done, several = self._in_step.rehearse(lambda: self._rehearse_alone(args, kwargs, n), n), True
+            else:
+                done, several = bool(n) and self._rehearse_alone(args, kwargs, n), n > 1
+        if done:
+            (self._rehearsed if several else self._rehearsed_alone).update(training)
 
     def _rehearse_alone(self, args: Any, kwargs: Any, n: int) -> bool:
         with proofs.shaken(self.root):
