@@ -1,8 +1,8 @@
 """A compiled model is trained as fast as an eager one, and nothing is compiled again for another batch size.
 
-Every step has another number of records, as under Poisson sampling. First checked: one private step of the compiled model is that of
-the eager one. Then plain and private, eager and compiled, take their steps in turns on one thread; medians of the ratios to the eager
-step of the same kind and round. ``--write`` puts the table into ``docs/performance.md``.
+Every step has another number of records, as under Poisson sampling. First checked: one private step of the compiled model is
+that of the eager one. Then plain and private, eager and compiled, take their steps in turns on one thread; medians of the ratios
+to the eager step of the same kind and round. ``--write`` puts the table into ``docs/performance.md``.
 
     python benchmarks/compiled.py [--seconds 20] [--write]
 """
@@ -58,7 +58,9 @@ def check(workload: Workload) -> None:
     (eager, one), (compiled, other) = (stepper(workload, private=True, compiled=c) for c in (False, True))
     one()
     other()
-    gap = max(float((a - b).abs().max()) for a, b in zip(eager.parameters(), compiled.parameters(), strict=True))
+    gap = max(
+        float((a - b).detach().abs().max()) for a, b in zip(eager.parameters(), compiled.parameters(), strict=True)
+    )
     if gap > TOLERANCE:
         raise SystemExit(f"{workload.title}: compiled and eager steps differ by {gap:.1e}")
 
