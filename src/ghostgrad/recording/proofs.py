@@ -153,23 +153,49 @@ def check_forward(root: nn.Module, args: Any, kwargs: Any, n: int, *, batch_firs
     halves = range(n // 2, n), range(n - n // 2)  # of two records at least, where there are three
     for training in (True, False):
         with torch.no_grad(), torch.random.fork_rng(), _mode(root, training=training), NoDraws(), _Constant():  # type: ignore[no-untyped-call]
-            whole, again = _forward(root, batch), _forward(root, batch)
-            replays = not _same_outcome(whole, again)  # it draws from torch, in a way that `_Constant` does not know
-            if replays:
-                whole, again = _forward(root, batch, seeded=True), _forward(root, batch, seeded=True)
-            others = [(_forward(root, changed, seeded=replays), range(1, n))]
+            whole, other, replays = _repeatable(root, batch, changed, rows.path)
+            others = [(other, range(1, n))]
             # Batches of another size would get other numbers for each record.
             if whole is not None and not whole.drew and not replays:
                 others += [(_forward(root, some_of(batch, n, half, batch_first=batch_first)), half) for half in halves]
-        if not _same_outcome(whole, again):
-            raise PrivacyError(
-                f"{rows.path}: two forwards of the same records gave different outputs, though the random numbers of "
-                f"torch, numpy and Python were the same. It draws from a generator of its own or remembers something, so that "
-                f"records do not mix cannot be shown. Draw from torch's default generator, or give the numbers as an input, "
-                f"one for each record."
-            )
         for other, kept in others:
             _compare_all(rows, whole, other, kept)
+
+
+def check_alone(root: nn.Module, args: Any, kwargs: Any) -> None:
+    """Of a single record: turned round it must leave the same buffers behind. What they keep would meet the records to come.
+
+    Raises:
+        PrivacyError: when a buffer depends on the record, or the model remembers something elsewhere.
+    """
+    batch, path = (args, kwargs), type(root).__name__
+    with torch.no_grad(), torch.random.fork_rng(), NoDraws(), _Constant():  # type: ignore[no-untyped-call]
+        first, second, _ = _repeatable(root, batch, map_tensors(_turned, batch), path)
+    if first is not None and second is not None:
+        _compare_buffers(path, first.buffers, second.buffers)
+
+
+def _repeatable(root: nn.Module, batch: Any, other: Any, path: str) -> tuple[_Outcome | None, _Outcome | None, bool]:
+    """Forwards of two batches, after which one of the first gave the same again: nothing of the second was remembered.
+
+    Returns:
+        Both, and whether that needed the same seed: the model draws in a way that `_Constant` does not know.
+    """
+    for seeded in (False, True):
+        first, second, again = (_forward(root, records, seeded=seeded) for records in (batch, other, batch))
+        if _same_outcome(first, again):
+            return first, second, seeded
+    raise PrivacyError(
+        f"{path}: two forwards of the same records gave different outputs, though the random numbers of torch, numpy and Python "
+        f"were the same. It draws from a generator of its own or remembers something, so that records do not mix cannot be "
+        f"shown. Draw from torch's default generator, or give the numbers as an input, one for each record."
+    )
+
+
+def _turned(tensor: Tensor) -> Tensor:
+    """Other values of the same kind: in reversed order, or where that is the same, smaller ones."""
+    turned = tensor.flip(tuple(range(tensor.dim())))
+    return tensor * 0.5 if tensor.is_floating_point() and torch.equal(turned, tensor) else turned
 
 
 def _compare_all(rows: Rows, before: _Outcome | None, after: _Outcome | None, kept: range) -> None:
@@ -255,7 +281,8 @@ def _compare(rows: Rows, before: Tensor, after: Tensor, records: range) -> None:
 
 def _compare_buffers(path: str, before: dict[str, Tensor], after: dict[str, Tensor]) -> None:
     for name, value in before.items():
-        if value.shape != after[name].shape or (value.is_floating_point() and not _close(value, after[name])):
+        same = _close if value.is_floating_point() else torch.equal
+        if value.shape != after[name].shape or not same(value, after[name]):
             raise PrivacyError(
                 f"{path}: the forward writes something of the records into the buffer {name!r}, which is saved with the "
                 f"model without any noise. Do not keep statistics of the data in the model, or freeze them (eval mode)."

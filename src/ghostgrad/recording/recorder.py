@@ -223,9 +223,11 @@ class Recorder:
 
     def _rehearse_alone(self, args: Any, kwargs: Any, n: int) -> bool:
         with proofs.shaken(self.root):
-            if n > 1:
-                with self.modules.paused():
+            with self.modules.paused():
+                if n > 1:
                     proofs.check_forward(self.root, args, kwargs, n, batch_first=self.batch_first)
+                else:
+                    proofs.check_alone(self.root, args, kwargs)
             return Rehearsal(self.modules).run(args, kwargs, n)
 
     @staticmethod
