@@ -64,13 +64,13 @@ def test_no_noise_is_drawn_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     from ghostgrad.noise import KeyedGaussian
 
     drawn: list[tuple[bytes, int, int]] = []
-    add = KeyedGaussian.add_
+    add_all = KeyedGaussian.add_all_
 
-    def noted(self: Any, target: Any, *, std: float, step: int, index: int) -> Any:
-        drawn.append((self._key.secret, step, index))
-        return add(self, target, std=std, step=step, index=index)
+    def noted(self: Any, slices: Any, *, std: float, step: int) -> Any:
+        drawn.extend((self._key.secret, step, index) for index, _, _ in slices)
+        return add_all(self, slices, std=std, step=step)
 
-    monkeypatch.setattr(KeyedGaussian, "add_", noted)
+    monkeypatch.setattr(KeyedGaussian, "add_all_", noted)
     plan = PrivacyPlan(target_delta=1e-3, noise_multiplier=1.0, seed=1)
     run_in(tmp_path, plan, max_steps=3).train()
     run_in(tmp_path, plan, max_steps=6).train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
