@@ -182,15 +182,12 @@ _CONTENT = {
     "buffers": forms.named(forms.is_any_tensor),
     "optimizer": forms.is_table,
     "extra": forms.named(forms.is_table),
-    "random": GLOBAL_STATES,
-    "engine": forms.is_table,
+    "ranks": [{"random": GLOBAL_STATES, "engine": forms.is_table}],
 }
 
 
-def gather(
-    engine_state: Mapping[str, Any], module: nn.Module, optimizer: Stateful, extra: Mapping[str, Stateful]
-) -> dict[str, Any]:
-    """The content of a checkpoint."""
+def gather(module: nn.Module, optimizer: Stateful, extra: Mapping[str, Stateful]) -> dict[str, Any]:
+    """What of a checkpoint all ranks have in common."""
     saved = module.state_dict()
     split = next((name for name, tensor in saved.items() if isinstance(tensor, Tensor) and is_split(tensor)), None)
     if split is not None:
@@ -203,9 +200,18 @@ def gather(
         "buffers": {name: buffer for name, buffer in module.named_buffers() if name not in saved},
         "optimizer": optimizer.state_dict(),
         "extra": {name: part.state_dict() for name, part in extra.items()},
-        "random": global_states(),
-        "engine": engine_state,
     }
+
+
+def of_this_rank(engine_state: Mapping[str, Any]) -> dict[str, Any]:
+    """What each rank has of its own: besides the engine's, the states that its dropout and its loader draw from."""
+    return {"random": global_states(), "engine": engine_state}
+
+
+def part_of(content: Mapping[str, Any], rank: int) -> Mapping[str, Any]:
+    """What a rank goes on from; one that the run which was saved did not have, from what all have in common in rank 0's."""
+    ranks: list[Mapping[str, Any]] = content["ranks"]
+    return ranks[rank] if rank < len(ranks) else ranks[0]
 
 
 def check(content: Mapping[str, Any], module: nn.Module, optimizer: Stateful, extra: Mapping[str, Stateful]) -> None:
@@ -215,6 +221,8 @@ def check(content: Mapping[str, Any], module: nn.Module, optimizer: Stateful, ex
         CheckpointError: naming what does not fit.
     """
     forms.require(content, _CONTENT, "the checkpoint")
+    if not content["ranks"]:
+        raise CheckpointError("the checkpoint is of no rank: it is damaged.")
     _check_tensors(content["module"], module.state_dict(), "the module")
     unsaved = {name: buffer for name, buffer in module.named_buffers() if name not in content["module"]}
     _check_tensors(content["buffers"], unsaved, "the module's other buffers")
@@ -227,7 +235,8 @@ def check(content: Mapping[str, Any], module: nn.Module, optimizer: Stateful, ex
     own = optimizer.state_dict()["param_groups"]
     if not isinstance(groups, list) or [_count(group) for group in groups] != [_count(group) for group in own]:
         raise CheckpointError("the optimizer in the checkpoint has other param_groups than the one it is loaded into.")
-    check_global_states(content["random"])
+    for part in content["ranks"]:
+        check_global_states(part["random"])
 
 
 def _count(group: Any) -> int:
@@ -255,7 +264,7 @@ def _check_tensors(saved: Mapping[str, Any], own: Mapping[str, Any], place: str)
 @contextlib.contextmanager
 def undone_on_error(module: nn.Module, optimizer: Stateful, extra: Mapping[str, Stateful]) -> Iterator[None]:
     """If loading fails in the middle, everything is put back as it was before."""
-    before = gather({}, module, optimizer, extra)
+    before = gather(module, optimizer, extra)
     kept = {name: value.detach().clone() for name, value in {**before["module"], **before["buffers"]}.items()}
     try:
         yield

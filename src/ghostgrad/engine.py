@@ -312,10 +312,11 @@ class PrivacyEngine:
         return result
 
     def _ranks(self) -> Topology:
-        """The ranks that train together now; from the first call on they have one key."""
+        """The ranks that train together now; from the first call on they have one key, and their run has one name."""
         topology = current()
         if not self._shared:
             self._key, self._shared = topology.share_key(self._key), topology.size > 1
+            self._spent.run = topology.collect(self._spent.run)[0]
         return topology
 
     def _journal(self, plan: SessionPlan) -> Journal:
@@ -583,12 +584,13 @@ class PrivacyEngine:
         logical batch has no noise yet. Keep the state as you keep the data. With ``keep_key=False`` nothing secret is in it:
         a resumed training then draws new batches and new noise, and begins an unfinished logical batch again.
 
+        On several ranks each has a state of its own, and goes on from that.
+
         Args:
             keep_key: save the key and what only it needs, so that a resumed training is the uninterrupted one bit for bit.
 
         Raises:
             PrivacyError: a batch of the loader went through a backward in part.
-            CheckpointError: several ranks in the middle of a logical batch.
         """
         setup.check_flags(keep_key=keep_key)
         return state.state_of(self, keep_key=keep_key)
@@ -617,7 +619,8 @@ class PrivacyEngine:
         with topology.together():
             resumption = state.checked(self, state_dict, fresh_key=fresh_key, acknowledge=acknowledge)
         topology.agree({"the state that is loaded": (resumption.state["mark"], resumption.exact)})
-        resumption.apply(topology.share_key(resumption.key), topology.collect(resumption.made())[0])
+        run, made = topology.collect((resumption.run(), resumption.made()))[0]
+        resumption.apply(topology.share_key(resumption.key), run, made)
 
     def save_checkpoint(
         self,
@@ -636,7 +639,7 @@ class PrivacyEngine:
         **By default it holds the key and, between logical steps, a sum without noise: it is as secret as the data.** To publish
         or hand on a model, save the module alone, or use ``keep_key=False``.
 
-        On several ranks every rank calls this, right after a logical step, and rank 0 writes.
+        On several ranks every rank calls this, and rank 0 writes what all of them need.
 
         Args:
             path: of the file; one that is there is replaced.
@@ -651,9 +654,13 @@ class PrivacyEngine:
         setup.check_flags(keep_key=keep_key)
         topology = self._ranks()
         with topology.together():
-            content = checkpoint.gather(self.state_dict(keep_key=keep_key), module, optimizer, extra or {})
+            content = checkpoint.gather(module, optimizer, extra or {})
+            own = checkpoint.of_this_rank(self.state_dict(keep_key=keep_key))
+        topology.agree({})
+        ranks = topology.bring(own)
+        with topology.together():
             if topology.rank == 0:
-                checkpoint.write(path, content)
+                checkpoint.write(path, {**content, "ranks": ranks})
         topology.agree({})
 
     def load_checkpoint(
@@ -686,11 +693,13 @@ class PrivacyEngine:
         with topology.together():
             content = checkpoint.read(path)
             checkpoint.check(content, module, optimizer, extra or {})
-            state.checked(self, content["engine"], fresh_key=fresh_key, acknowledge=acknowledge)
+            own = checkpoint.part_of(content, topology.rank)
+            state.checked(self, own["engine"], fresh_key=fresh_key, acknowledge=acknowledge)
             checkpoint.restore(content, module, optimizer, extra or {})
         topology.agree({})
-        self.load_state_dict(content["engine"], fresh_key=fresh_key, acknowledge=acknowledge)
-        set_global_states(content["random"])
+        self.load_state_dict(own["engine"], fresh_key=fresh_key, acknowledge=acknowledge)
+        if topology.rank < len(content["ranks"]):
+            set_global_states(own["random"])
 
     def __repr__(self) -> str:
         return (

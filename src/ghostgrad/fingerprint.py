@@ -47,8 +47,14 @@ def fingerprint(plan: SessionPlan, *, steps: int) -> Fingerprint:
             name: [list(p.shape), str(p.dtype), p.device.type, id(p) in trained]
             for name, p in module.named_parameters()
         },
+        "ranks": [plan.topology.size, _layout(plan)],
         "torch": str(torch.__version__),
     }
+
+
+def _layout(plan: SessionPlan) -> str:
+    """Sums are added up in another order where it is another."""
+    return "split by fully_shard" if plan.shards else "slices of layers" if plan.slices else "whole weights"
 
 
 def _schedule(schedule: Schedule | None, constant: Any, step: int) -> Any:

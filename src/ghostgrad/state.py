@@ -11,7 +11,7 @@ from torch import nn
 
 from ghostgrad import _forms as forms
 from ghostgrad.accounting import Ledger
-from ghostgrad.distributed import inner_module
+from ghostgrad.distributed import inner_module, local
 from ghostgrad.errors import CheckpointError, ConfigurationError, choose
 from ghostgrad.fingerprint import differences, fingerprint
 from ghostgrad.inheritance import missing_from, place_in, releases_made
@@ -48,7 +48,6 @@ def state_of(engine: Holder, *, keep_key: bool) -> dict[str, Any]:
     """Everything of an engine that a training needs to go on.
 
     Raises:
-        CheckpointError: several ranks in the middle of a logical batch.
         PrivacyError: in the middle of a batch.
     """
     spent = engine._spent
@@ -80,14 +79,10 @@ def _engine_plan(engine: Holder) -> dict[str, Any]:
 
 def _training(session: Session, *, secrets: bool) -> dict[str, Any]:
     optimizer, loader, total = session.optimizer, session.loader, session.optimizer.total
-    if session.plan.topology.size > 1 and total.holds:
-        raise CheckpointError(
-            "the ranks are in the middle of a logical batch, and each holds a part of its sum. Save a checkpoint right after a "
-            "logical step (optimizer.step(), then optimizer.zero_grad())."
-        )
     sigma = optimizer.noise_multiplier
     return {
         "number": session.plan.number,
+        "rank": session.plan.topology.rank,
         "plan": fingerprint(session.plan, steps=optimizer.steps),
         "steps": optimizer.steps,
         "noise_step": optimizer.noise_step,
@@ -133,7 +128,7 @@ _SUM = {
 }  # fmt: skip
 _NOISE = forms.either({"course": forms.is_hex}, {"generator": forms.is_hex}, {})
 _TRAINING = {
-    "number": forms.is_count, "plan": forms.is_table, "steps": forms.is_count, "noise_step": forms.is_count,
+    "number": forms.is_count, "rank": forms.is_count, "plan": forms.is_table, "steps": forms.is_count, "noise_step": forms.is_count,
     "noise_multiplier": forms.optional(forms.is_number),
     "max_grad_norm": forms.either(forms.is_number, [forms.is_number]), "expected_batch_size": forms.is_number,
     "noise": _NOISE, "spending": [forms.row(forms.is_int, forms.is_number)], "sum": _SUM,
@@ -154,7 +149,7 @@ _NOTHING = {"sums": {}, "statistic": 0.0, "rows": [], "last": None, "logical_bat
 
 FACTS = (
     "secure_mode", "budget", "ledger", "max_grad_norm", "noise_multiplier", "sample_rate", "expected_batch_size", "clipping",
-    "grad_sample_mode", "rules", "batch_first", "loss_reduction", "noise", "optimizer", "parameters", "torch",
+    "grad_sample_mode", "rules", "batch_first", "loss_reduction", "noise", "optimizer", "parameters", "ranks", "torch",
     *_WHICH_RECORDS,
 )  # fmt: skip
 """The names of what can differ."""
@@ -184,8 +179,12 @@ class Resumption:
         """By the ledger file, what was released; where it was after the state was saved, it will be again, the same."""
         return releases_made(self.engine._ledger, self.state["run"]) if self.exact else {}
 
-    def apply(self, key: RunKey, made: Mapping[int, Mapping[int, str]]) -> None:
-        """Take the state over, with the key that all ranks go on with, and what its run has released."""
+    def run(self) -> str:
+        """The name of the run that goes on, or of a new one."""
+        return str(self.state["run"]) if self.exact else new_run()
+
+    def apply(self, key: RunKey, run: str, made: Mapping[int, Mapping[int, str]]) -> None:
+        """Take the state over, with the key and the run that all ranks go on with, and what that run has released."""
         engine, saved, spent = self.engine, self.state, self.engine._spent
         if saved["seeded"] and saved["steps"]:
             key = RunKey(key.secret, seeded=True)  # a part of what was released has the noise of a seed, whatever comes
@@ -193,7 +192,7 @@ class Resumption:
         engine._opened = max(engine._opened, saved["opened"])
         engine._guarantees += [sentence for sentence in saved["guarantees"] if sentence not in engine._guarantees]
         spent.merge(self.ledger, [(run, releases, steps) for run, releases, steps in saved["spans"]])
-        spent.continue_run(saved["run"] if self.exact else new_run())
+        spent.continue_run(run)
         for session, training, differ in zip(engine._sessions, saved["trainings"], self.differ, strict=True):
             session.rekey(key)
             session.optimizer.journal.made = dict(made.get(training["number"], {}))
@@ -266,6 +265,8 @@ def checked(engine: Holder, saved: Any, *, fresh_key: bool, acknowledge: Collect
         one["number"] == session.plan.number for session, one in zip(sessions, trainings, strict=True)
     )
     exact = exact and not (fresh_key or any(differ) or released)
+    if exact:
+        _check_rank(sessions, trainings)
     _check_generators(sessions, trainings, exact=exact, released=released)
     key = known if exact and known else _new_key(engine, differ, used=own is not None or released)
     return Resumption(engine, saved, _ledger(saved), differ, key, exact)
@@ -312,8 +313,20 @@ def _check_training(session: Session, training: Mapping[str, Any], differ: Mappi
     parameters = {name: p for p, name in _names(session).items()}
     for name, part in training["sum"]["sums"].items():
         wide = torch.float64 if name in parameters and parameters[name].dtype == torch.float64 else torch.float32
-        if name not in parameters or part.shape != parameters[name].shape or part.dtype != wide:
+        if name not in parameters or part.shape != local(parameters[name]).shape or part.dtype != wide:
             raise CheckpointError(f"the partial sum of {name!r:.80} does not fit the module: the state is damaged.")
+
+
+def _check_rank(sessions: Sequence[Session], trainings: Sequence[Mapping[str, Any]]) -> None:
+    """The share of a draw, the sum so far and the generators of the loader are those of one rank."""
+    for session, training in zip(sessions, trainings, strict=True):
+        own, size = session.plan.topology.rank, session.plan.topology.size
+        if training["rank"] != own:
+            raise CheckpointError(
+                f"the state is that of rank {training['rank']}, and was given to rank {own} of {size}: the sums of the ranks "
+                f"would be others than in the run that was saved, under the same noise. Save engine.state_dict() of each rank, "
+                f"and give each its own (engine.save_checkpoint does so), or resume all of them with fresh_key=True."
+            )
 
 
 def _check_generators(

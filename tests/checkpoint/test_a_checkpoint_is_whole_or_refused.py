@@ -238,7 +238,8 @@ def test_without_the_key_nothing_secret_is_kept_and_nothing_is_drawn_twice(tmp_p
     assert saved.optimizer.total.holds
     path = saved.save(tmp_path / "checkpoint", keep_key=False)
     assert saved.engine._key.secret.hex().encode() not in path.read_bytes()
-    (training,) = checkpoint.read(path)["engine"]["trainings"]
+    (part,) = checkpoint.read(path)["ranks"]
+    (training,) = part["engine"]["trainings"]
     assert training["sum"]["sums"] == {}
     assert training["loader"]["feed"]["records"] == 0
     resumed = Run(accumulation_steps=2).load(path)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -9,23 +11,52 @@ import pytest
 import torch
 from ranks import on_ranks
 from torch import nn
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, Dataset
 
-from ghostgrad import PrivacyEngine
-from ghostgrad.errors import CheckpointError
+from ghostgrad import BatchMemoryManager, PrivacyEngine
+from ghostgrad.distributed import current
+from ghostgrad.errors import CheckpointError, ConfigurationError
 from ghostgrad.ledger import read_ledger
 
 
-def private(folder: Path) -> dict[str, Any]:
+class Augmented(Dataset[Any]):
+    """Records that come out a little different at each visit, by the global generator of their rank."""
+
+    def __init__(self) -> None:
+        drawn = torch.Generator().manual_seed(0)
+        self.x = torch.randn(24, 3, generator=drawn)
+
+    def __len__(self) -> int:
+        return 24
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
+        return self.x[index] + 0.1 * torch.randn(3), index % 2
+
+
+def private(folder: Path, *, ledger: bool = True, limit: int | None = None) -> dict[str, Any]:
     torch.manual_seed(0)
-    data = TensorDataset(torch.randn(24, 3), torch.arange(24) % 2)
-    module = nn.Linear(3, 2)
-    engine = PrivacyEngine(ledger=folder / "run.jsonl")
+    module = nn.Sequential(nn.Linear(3, 4), nn.Dropout(0.5), nn.Linear(4, 2))
+    torch.manual_seed(int.from_bytes(os.urandom(4), "big"))  # each rank draws its own dropout
+    engine = PrivacyEngine(ledger=folder / "run.jsonl" if ledger else None)
     module, optimizer, loader = engine.make_private(
-        module=module, optimizer=torch.optim.Adam(module.parameters()), data_loader=DataLoader(data, batch_size=6),
+        module=module, optimizer=torch.optim.Adam(module.parameters()), data_loader=DataLoader(Augmented(), batch_size=6),
         noise_multiplier=1.0, max_grad_norm=1.0, accumulation_steps=2,
     )  # fmt: skip
-    return {"engine": engine, "module": module, "optimizer": optimizer, "loader": loader}
+    return {"engine": engine, "module": module, "optimizer": optimizer, "loader": loader, "limit": limit}
+
+
+def parameters(run: dict[str, Any]) -> list[torch.Tensor]:
+    return [p.detach() for p in run["module"].parameters()]
+
+
+def batches_of(run: dict[str, Any]) -> Iterator[Any]:
+    if run["limit"] is None:
+        yield from run["loader"]
+    else:
+        with BatchMemoryManager(
+            data_loader=run["loader"], max_physical_batch_size=run["limit"], optimizer=run["optimizer"]
+        ) as pieces:
+            yield from pieces
 
 
 def train(run: dict[str, Any], batches: Any, count: int) -> None:
@@ -35,33 +66,91 @@ def train(run: dict[str, Any], batches: Any, count: int) -> None:
         run["optimizer"].zero_grad()
 
 
-def test_two_ranks_go_on_from_the_middle_of_a_pass(tmp_path: Path) -> None:
+@pytest.mark.parametrize("ledger", [False, True])
+@pytest.mark.parametrize(
+    ("limit", "before", "after"), [(None, 2, 2), (None, 1, 3), (2, 3, 4)], ids=["between", "accumulated", "piece"]
+)
+def test_two_ranks_go_on_bit_for_bit(limit: int | None, before: int, after: int, ledger: bool, tmp_path: Path) -> None:
+    """After a step and in the middle of a logical batch; every rank with its own share, sum, dropout and augmentation."""
     path = tmp_path / "checkpoint"
 
+    def outcome(run: dict[str, Any]) -> Any:
+        return parameters(run), run["engine"].accountant.history
+
     def whole(rank: int) -> Any:
-        run = private(tmp_path)
-        parts = {"module": run["module"], "optimizer": run["optimizer"]}
-        batches = iter(run["loader"])
-        train(run, batches, 1)
-        with pytest.raises(CheckpointError, match="middle of a logical batch"):
-            run["engine"].save_checkpoint(path, **parts)
-        train(run, batches, 1)
-        run["engine"].save_checkpoint(path, **parts)
-        train(run, batches, 2)
-        return [p.detach() for p in run["module"].parameters()], run["engine"].accountant.history
+        run = private(tmp_path, ledger=ledger, limit=limit)
+        batches = batches_of(run)
+        train(run, batches, before)
+        run["engine"].save_checkpoint(path, module=run["module"], optimizer=run["optimizer"])
+        train(run, batches, after)
+        return outcome(run)
 
     def resumed(rank: int) -> Any:
-        run = private(tmp_path)
+        run = private(tmp_path, ledger=ledger, limit=limit)
         run["engine"].load_checkpoint(path, module=run["module"], optimizer=run["optimizer"])
-        train(run, iter(run["loader"]), 2)
-        return [p.detach() for p in run["module"].parameters()], run["engine"].accountant.history
+        train(run, batches_of(run), after)
+        return outcome(run)
 
     first = on_ranks(2, whole)
     second = on_ranks(2, resumed)
+    assert first[0][1]
     for (expected, spent), (found, counted) in zip(first, second, strict=True):
         assert all(map(torch.equal, expected, found))
         assert spent == counted
-    assert read_ledger(tmp_path / "run.jsonl").ledger.steps == 2
+    if ledger:
+        assert read_ledger(tmp_path / "run.jsonl").ledger.steps == sum(entry[-1] for entry in spent)
+
+
+def test_ranks_do_not_go_on_from_the_state_of_another() -> None:
+    """Their sums would be others, under the same noise."""
+
+    def run(rank: int) -> tuple[str, int]:
+        first = private(Path(), ledger=False)
+        train(first, iter(first["loader"]), 2)
+        state = current().collect(first["engine"].state_dict())[0]
+        again = private(Path(), ledger=False)
+        try:
+            again["engine"].load_state_dict(state)
+            said = "nothing"
+        except (CheckpointError, ConfigurationError) as error:
+            said = str(error)
+        fresh = private(Path(), ledger=False)
+        fresh["engine"].load_state_dict(state, fresh_key=True)
+        train(fresh, iter(fresh["loader"]), 2)
+        return said, fresh["engine"].steps
+
+    for said, steps in on_ranks(2, run):
+        assert "the state is that of rank 0, and was given to rank 1 of 2" in said
+        assert steps == 2
+
+
+@pytest.mark.parametrize(("saved", "resumed"), [(2, 1), (1, 2), (2, 3)])
+def test_another_number_of_ranks_draws_from_another_key(saved: int, resumed: int, tmp_path: Path) -> None:
+    """The last bits of a sum depend on it; what was spent is kept, and a logical batch that was begun is begun again."""
+    path = tmp_path / "checkpoint"
+
+    def save(rank: int) -> str:
+        run = private(tmp_path, ledger=False)
+        train(run, iter(run["loader"]), 3)  # one step and a half
+        run["engine"].save_checkpoint(path, module=run["module"], optimizer=run["optimizer"])
+        return run["engine"]._key.mark
+
+    def go_on(rank: int) -> tuple[str, int, int, list[torch.Tensor]]:
+        run = private(tmp_path, ledger=False)
+        parts = {"module": run["module"], "optimizer": run["optimizer"]}
+        with pytest.raises(CheckpointError, match="ranks"):
+            run["engine"].load_checkpoint(path, **parts)
+        run["engine"].load_checkpoint(path, **parts, acknowledge=["ranks"])
+        assert not run["optimizer"].total.holds
+        train(run, iter(run["loader"]), 2)
+        return run["engine"]._key.mark, run["engine"].steps, len(run["engine"].accountant), parameters(run)
+
+    (mark,) = set(on_ranks(saved, save))
+    found = on_ranks(resumed, go_on)
+    for other, steps, counted, values in found:
+        assert other == found[0][0] != mark
+        assert steps == counted == 2
+        assert all(map(torch.equal, values, found[0][3]))
 
 
 def test_a_damaged_file_is_refused_on_every_rank(tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from ghostgrad import ConfigurationError, PrivacyEngine
 
 
-def private() -> dict[str, Any]:
+def private(**options: Any) -> dict[str, Any]:
     torch.manual_seed(0)
     data = TensorDataset(torch.randn(24, 3), torch.arange(24) % 2)
     module = nn.Sequential(nn.Linear(3, 5), nn.Tanh(), nn.Linear(5, 2))
@@ -27,7 +27,7 @@ def private() -> dict[str, Any]:
     engine = PrivacyEngine()
     module, optimizer, loader = engine.make_private(
         module=module, optimizer=torch.optim.Adam(module.parameters()), data_loader=DataLoader(data, batch_size=6),
-        noise_multiplier=1.0, max_grad_norm=1.0,
+        noise_multiplier=1.0, max_grad_norm=1.0, **options,
     )  # fmt: skip
     return {"engine": engine, "module": module, "optimizer": optimizer, "loader": loader}
 
@@ -43,28 +43,31 @@ def parameters(run: dict[str, Any]) -> list[torch.Tensor]:
     return [p.full_tensor().detach().clone() for p in run["module"].parameters()]
 
 
-def test_they_go_on_in_the_middle_of_a_pass_bit_for_bit(tmp_path: Any) -> None:
+@pytest.mark.parametrize(("parts", "before", "after"), [(1, 2, 2), (2, 1, 3)], ids=["between", "accumulated"])
+def test_they_go_on_bit_for_bit(parts: int, before: int, after: int, tmp_path: Any) -> None:
+    """After a step, and in the middle of a logical batch: of its sum so far each rank has its own part."""
+
     def both(rank: int) -> Any:
-        run = private()
+        run = private(accumulation_steps=parts)
         batches = iter(run["loader"])
-        train(run, batches, 2)
+        train(run, batches, before)
         file = io.BytesIO()
         torch.save(run["engine"].state_dict(), file)
         file.seek(0)
         module, optimizer = copy.deepcopy(run["module"].state_dict()), copy.deepcopy(run["optimizer"].state_dict())
         with pytest.raises(ConfigurationError, match=r"torch\.distributed\.checkpoint"):
             run["engine"].save_checkpoint(tmp_path / "whole", module=run["module"], optimizer=run["optimizer"])
-        train(run, batches, 2)
-        again = private()
+        train(run, batches, after)
+        again = private(accumulation_steps=parts)
         again["module"].load_state_dict(module)
         again["optimizer"].load_state_dict(optimizer)
         again["engine"].load_state_dict(torch.load(file, weights_only=True))
-        train(again, iter(again["loader"]), 2)
+        train(again, iter(again["loader"]), after)
         return parameters(run), parameters(again), run["engine"].steps, again["engine"].steps
 
     for first, second, steps, counted in on_ranks(2, both):
         assert all(map(torch.equal, first, second))
-        assert steps == counted == 4
+        assert steps == counted == 4 // parts
     assert not (tmp_path / "whole").exists()
 
 

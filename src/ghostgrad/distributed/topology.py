@@ -59,6 +59,10 @@ class Topology(ABC):
     def collect(self, fact: Fact) -> list[Fact]:
         """The fact of each rank, by rank."""
 
+    @abstractmethod
+    def bring(self, fact: Fact) -> list[Fact]:
+        """The fact of each rank, by rank, on rank 0; nothing elsewhere. For what is large."""
+
 
 class Alone(Topology):
     """One process: nothing to exchange.
@@ -80,6 +84,9 @@ class Alone(Topology):
         return list(flags)
 
     def collect(self, fact: Fact) -> list[Fact]:
+        return [fact]
+
+    def bring(self, fact: Fact) -> list[Fact]:
         return [fact]
 
 
@@ -144,6 +151,11 @@ class Ranks(Topology):
     def collect(self, fact: Fact) -> list[Fact]:
         found: list[Any] = [None] * self.size
         dist.all_gather_object(found, fact)
+        return found
+
+    def bring(self, fact: Fact) -> list[Fact]:
+        found: list[Any] = [None] * self.size if self.rank == 0 else []
+        dist.gather_object(fact, found if self.rank == 0 else None)
         return found
 
 
