@@ -128,7 +128,8 @@ _SUM = {
 }  # fmt: skip
 _NOISE = forms.either({"course": forms.is_hex}, {"generator": forms.is_hex}, {})
 _TRAINING = {
-    "number": forms.is_count, "rank": forms.is_count, "plan": forms.is_table, "steps": forms.is_count, "noise_step": forms.is_count,
+    "number": forms.is_count, "rank": forms.is_count, "plan": forms.is_table, "steps": forms.is_count,
+    "noise_step": forms.is_count,
     "noise_multiplier": forms.optional(forms.is_number),
     "max_grad_norm": forms.either(forms.is_number, [forms.is_number]), "expected_batch_size": forms.is_number,
     "noise": _NOISE, "spending": [forms.row(forms.is_int, forms.is_number)], "sum": _SUM,

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import os
+import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -118,6 +120,30 @@ def test_a_step_that_cannot_be_written_down_is_not_made(tmp_path: Path, monkeypa
     train(module, optimizer, loader, steps=1)
     # The accountant had noted the step that was not made; it stays counted, so that the two agree and neither says less.
     assert read_ledger(path).ledger.steps == len(engine.accountant) == 4
+
+
+def test_a_disk_that_takes_no_more_stops_the_steps_and_loses_none(tmp_path: Path) -> None:
+    """The system itself refuses the write in the middle of a line, at whatever line that is."""
+    path = tmp_path / "run.jsonl"
+    private(path)[0]._ledger.close()
+    first = path.read_bytes()
+
+    def limited() -> None:
+        for room in range(1, 900, 37):
+            path.write_bytes(first)
+            engine, module, optimizer, loader = private(path)
+            resource.setrlimit(resource.RLIMIT_FSIZE, (len(first) + 250 + room, resource.RLIM_INFINITY))
+            with pytest.raises(LedgerError, match="could not be written"):
+                train(module, optimizer, itertools.chain.from_iterable(itertools.repeat(loader)), steps=99)
+            made = optimizer.steps
+            assert made < 9
+            resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+            assert read_ledger(path).ledger.steps == made
+            train(module, optimizer, loader, steps=1)  # there is room again: the chain goes on
+            assert read_ledger(path).ledger.steps == len(engine.accountant) == made + 2
+            engine._ledger.close()
+
+    assert in_a_process(limited)
 
 
 def _full() -> int:
