@@ -159,7 +159,9 @@ class DPOptimizer(Optimizer):
         return max(1, len(self.total.logical_batches))
 
     # ------------------------------------------------------------------ stepping
+    # Never compiled, in a training step that is: the noise would have other last bits, and the ledger's digests with it.
 
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Clear ``p.grad`` (always to None) and ``p.grad_sample``, and drop the clipped sum.
 
@@ -181,7 +183,8 @@ class DPOptimizer(Optimizer):
         """Drop the sum of a logical batch that was left in the middle."""
         self.total.discard_partial()
 
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:
         """Finish the logical batch: add noise, scale, note the release, and let the original optimizer step.
 
         In the middle of a logical batch (a physical batch of a `BatchMemoryManager`, a part of ``accumulation_steps``)
@@ -225,7 +228,7 @@ class DPOptimizer(Optimizer):
         return all(p.grad is not None and not local(p.grad).any() for p in self.params)
 
     # Hooks that are registered on this optimizer run around what is a step: not around the physical pieces of one.
-    step.hooked = True  # type: ignore[attr-defined]
+    step.hooked = True
 
     @Optimizer.profile_hook_step
     @torch.no_grad()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -17,6 +17,8 @@ from ghostgrad.tree import map_tensors, tensors
 
 _TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 """How far the sum of the parts may be from the whole, relative to the sum of their sizes."""
+
+_DOES_NOT_RUN = (RuntimeError, ValueError, LookupError, TypeError, ArithmeticError)
 
 
 def check_criterion(criterion: Any, loss_reduction: str) -> None:
@@ -50,7 +52,7 @@ class Evidence:
 
     Args:
         call: evaluates the criterion without hooks.
-        args, kwargs: what it was called with, tensors detached.
+        args, kwargs: what it was called with; tensors are leaves, those that required grad still do.
         loss: what it gave.
         reduction: ``"mean"`` or ``"sum"``.
         batch_first: whether the arguments lead with the batch.
@@ -73,22 +75,49 @@ class Evidence:
             self._shown = self._show()
         return self._shown
 
+    def gradients_shown(self) -> bool:
+        """Whether its gradients are those of its records' own losses too, which values say nothing of (``l / l.detach()``).
+
+        Raises:
+            PrivacyError: they are not.
+        """
+        if not self.shown():
+            return False
+        leaves = [t for t in tensors(self._batch) if t.requires_grad]
+        try:
+            with torch.enable_grad():
+                args, kwargs = map_tensors(torch.clone, self._batch)
+                whole = self._call(*args, **kwargs).double() * self._count
+                parts = torch.stack(self._parts()).sum()
+            pairs = zip(_gradients(whole, leaves), _gradients(parts, leaves), strict=True)
+        except _DOES_NOT_RUN:
+            return False
+        tolerance = _TOLERANCE[self._loss.dtype]
+        if not all(_is_close(one, other, tolerance) for one, other in pairs):
+            raise PrivacyError(
+                f"the gradient of the criterion is not the {self._reduction} of its records' own: taken apart, the same batch "
+                f"gives another one, so one record rescales others (a detached mean or count of the batch). Compute each "
+                f"record's loss from that record alone, then their {self._reduction}."
+            )
+        return True
+
     def _show(self) -> bool:
         found = tensors(self._batch)
         n = count_records(*self._batch, None, batch_first=self._batch_first) if found else 0
         dim = 0 if self._batch_first else 1
         if n < 2 or not all(t.dim() > dim and t.shape[dim] == n for t in found if t.dim()):
             return False
+        self._dim, self._n = dim, n
         try:
             with torch.no_grad():
-                parts = torch.stack([self._alone(i, dim) for i in range(n)])
-        except (RuntimeError, ValueError, LookupError, TypeError, ArithmeticError):
+                parts = torch.stack(self._parts())
+        except _DOES_NOT_RUN:
             return False  # it does not take a batch of one record
-        whole = self._loss.double().reshape(()) * (n if self._reduction == "mean" else 1)
+        whole = self._loss.double().reshape(()) * self._count
         if not bool(whole.isfinite()):
             return False  # a value that is not finite says nothing about the others
         gap, size = (parts.sum() - whole).abs(), torch.maximum(parts.abs().sum(), whole.abs()).clamp(min=1e-6)
-        if not bool(gap <= _TOLERANCE[self._loss.dtype] * size):
+        if not bool(size.isfinite() & (gap <= _TOLERANCE[self._loss.dtype] * size)):
             raise PrivacyError(
                 f"the criterion is not the {self._reduction} of its records' own losses: taken apart, the same batch gives "
                 f"another value. A loss that is normalised over the batch (class weights, counted tokens) or compares records "
@@ -96,10 +125,33 @@ class Evidence:
             )
         return True
 
-    def _alone(self, i: int, dim: int) -> Tensor:
-        args, kwargs = map_tensors(lambda t: t.narrow(dim, i, 1) if t.dim() else t, self._batch)
+    @property
+    def _count(self) -> int:
+        """What the value is multiplied by to be the sum of the parts."""
+        return self._n if self._reduction == "mean" else 1
+
+    def _parts(self) -> list[Tensor]:
+        """The value of each record alone."""
+        pieces = {t: torch.split(t, 1, self._dim) for t in tensors(self._batch) if t.dim()}
+        return [self._alone(pieces, i) for i in range(self._n)]
+
+    def _alone(self, pieces: Mapping[Tensor, Sequence[Tensor]], i: int) -> Tensor:
+        # Cloned: what is a view among several must not be changed in place.
+        args, kwargs = map_tensors(lambda t: (pieces[t][i] if t.dim() else t).clone(), self._batch)
         value: Tensor = self._call(*args, **kwargs)
         return value.double().reshape(())
+
+
+def _gradients(value: Tensor, leaves: Sequence[Tensor]) -> Sequence[Tensor]:
+    if not leaves or not value.requires_grad:
+        return [torch.zeros_like(leaf) for leaf in leaves]
+    return torch.autograd.grad(value, leaves, allow_unused=True, materialize_grads=True)
+
+
+def _is_close(one: Tensor, other: Tensor, tolerance: float) -> bool:
+    """Relative to the largest element; what is not finite has to be so in both."""
+    size = torch.where(one.isfinite(), one, 0).abs().max() if one.numel() else 0.0
+    return torch.allclose(one, other, rtol=tolerance, atol=tolerance * float(size), equal_nan=True)
 
 
 def watched(
@@ -115,7 +167,7 @@ def watched(
         nonlocal shown
         if not active or not isinstance(loss, Tensor) or loss.numel() != 1 or loss.grad_fn is None:
             return
-        args, kwargs = map_tensors(lambda t: t.detach(), (args, kwargs))
+        args, kwargs = map_tensors(lambda t: t.detach().requires_grad_(t.requires_grad), (args, kwargs))
         evidence = Evidence(call, args, kwargs, loss, reduction, batch_first=batch_first)
         shown = shown or evidence.shown()
         attach_evidence(loss.grad_fn, evidence)
@@ -132,6 +184,7 @@ def watched(
         return criterion, criterion.register_forward_hook(Hook(hook), with_kwargs=True).remove
 
     @functools.wraps(criterion)
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def wrapper(*args: Any, **kwargs: Any) -> Any:
         loss = criterion(*args, **kwargs)
         note(args, kwargs, loss, criterion)

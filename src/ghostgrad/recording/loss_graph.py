@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import BackwardCFunction
 
 from ghostgrad.recording.scalers import is_scaled
 
@@ -15,6 +16,7 @@ MOST_NODES = 1_000_000
 """Further nodes are not looked at; a loss of so many is not taken for read."""
 _SCALARS = ("_saved_alpha", "_saved_exponent", "_saved_other", "_saved_self")
 """Where a whole number is a number, and not a dimension or a size."""
+_EXTENSION = "torch::autograd::CppNode"
 _saved: dict[str, tuple[str, ...]] = {}
 
 
@@ -51,6 +53,12 @@ def leading_to(boundaries: Sequence[Any], nodes: Sequence[Any]) -> list[Any]:
             found.add(node)
             todo.extend(above.get(node, ()))
     return [node for node in nodes if node in found]
+
+
+def is_opaque(node: Any) -> bool:
+    """Whether autograd does not see what a node does: a function of the user's or an extension's own, or compiled code."""
+    name: str = node.name()
+    return name != BOUNDARY and (isinstance(node, BackwardCFunction) or name.startswith(_EXTENSION))
 
 
 def shapes(node: Any) -> list[torch.Size]:

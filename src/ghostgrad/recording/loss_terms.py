@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ghostgrad.errors import PrivacyError
 from ghostgrad.recording import loss_constants, separable
-from ghostgrad.recording.loss_graph import BOUNDARY, below, is_python_number, numbers, shapes
+from ghostgrad.recording.loss_graph import BOUNDARY, below, is_opaque, is_python_number, numbers, shapes
 from ghostgrad.recording.scalers import is_scaled
 
 _MEAN, _SUM = 1, 2
@@ -105,6 +105,13 @@ def check(root: Any, nodes: Sequence[Any], n: int, delivered: int, knowledge: An
     reader = _Reader(set(nodes), n, knowledge)
     try:
         terms = reader.terms(root)
+    except _Opaque as part:
+        raise PrivacyError(
+            f"what the loss does in {part} cannot be read (code that torch.compile made, or an autograd function of its own): a "
+            f"number that was counted in the batch could rescale all records there, and clipping does not bound that. Leave "
+            f"the loss out of what is compiled, write it in torch's operations; or pass it as criterion= to make_private, "
+            f"where it is taken apart and checked on values."
+        ) from None
     except _NotUnderstood as unknown:
         raise PrivacyError(
             f"the loss applies {unknown} to a number that is already taken over the batch, so how much a record counts "
@@ -138,6 +145,10 @@ def evidence_at(node: Any) -> Any:
 
 class _NotUnderstood(Exception):  # noqa: N818 (internal)
     """An operation on a scalar that is not linear with constant weights."""
+
+
+class _Opaque(_NotUnderstood):
+    """A node inside of which autograd's graph says nothing."""
 
 
 class _Reader:
@@ -183,7 +194,7 @@ class _Reader:
         try:
             inside = self.terms(node, inside=True)
         except _NotUnderstood:
-            if self._n > 1 and not evidence.shown():  # one record has nobody to compare with
+            if self._n > 1 and not evidence.gradients_shown():  # one record has nobody to compare with
                 raise
             return shown
         known = _numbers_of(inside)
@@ -212,8 +223,16 @@ class _Reader:
         boundaries = [each for each in inside if each.name() == BOUNDARY]
         return any(_picks_records(each) for each in inside) and separable.reaches_one(node, boundaries, self._n)
 
-    def _of_one(self, node: Any, scale: Scale) -> Term:
+    def _inside(self, node: Any) -> tuple[Any, ...]:
+        """The nodes from this one to the model."""
         inside = tuple(each for each in below(node) if each in self._leading)
+        for each in inside:
+            if is_opaque(each):
+                raise _Opaque(each.name())
+        return inside
+
+    def _of_one(self, node: Any, scale: Scale) -> Term:
+        inside = self._inside(node)
         inner, scale = self._drawn(node, scale)
         mean = scale.without((self._n,)) if self._knowledge.reduction == "mean" else None
         factor, written, _ = scale if mean is None else mean
@@ -229,11 +248,11 @@ class _Reader:
             return read(node, scale)
         if name.startswith(_PASSING):
             return self._children(node, scale)
-        raise _NotUnderstood(_operation(name))
+        raise (_Opaque(name) if is_opaque(node) else _NotUnderstood(_operation(name)))
 
     def _term(self, node: Any, scale: Scale, *, is_mean: bool, elements: int) -> Term:
         """What a node reduces, with the numbers that its elements are multiplied by drawn out."""
-        inside = tuple(each for each in below(node) if each in self._leading)
+        inside = self._inside(node)
         inner, scale = self._drawn(node, scale)
         mean = scale.without((self._n, elements)) if not is_mean and self._knowledge.reduction == "mean" else None
         if mean is not None:

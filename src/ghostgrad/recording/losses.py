@@ -69,7 +69,9 @@ class _Watch:
             torch.autograd.backward = self.original
 
     def _wrapper(self) -> Any:
+        # In a training step that was compiled as one, all that is done to records would be compiled too.
         @functools.wraps(self.original)
+        @torch.compiler.disable  # type: ignore[untyped-decorator]
         def backward(tensors: Tensor | Sequence[Tensor], *args: Any, **options: Any) -> None:
             losses = [tensors] if isinstance(tensors, Tensor) else list(tensors)
             given = args[0] if args else options.get("grad_tensors")
