@@ -329,9 +329,11 @@ class DPOptimizer(Optimizer):
             (index, run, offset) for index, p in numbered if p.requires_grad for offset, run in runs(p, sums[index])
         ]
         self.noise.add_all_(slices, std=std, step=self.noise_step)
+        if sums:
+            torch._foreach_div_(list(sums.values()), divisor)
         for index, p in numbered:
             if p.requires_grad:
-                p.grad = like(p, _towards_zero(sums.pop(index).div_(divisor), p.dtype))
+                p.grad = like(p, _towards_zero(sums.pop(index), p.dtype))
                 self._written[p] = p.grad
 
     def _update_clip_function(self, noise_multiplier: float, size: float, statistic: float) -> None:

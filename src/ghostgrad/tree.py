@@ -10,6 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+_PLACE = torch.empty(0)
+"""Stands where a tensor was taken out."""
+
 
 def map_tensors(function: Callable[[Tensor], Any], tree: Any) -> Any:
     """A copy of ``tree`` with ``function`` applied to every tensor; what holds no tensors is kept as it is.
@@ -69,9 +72,13 @@ def flatten(tree: Any) -> tuple[list[Tensor], Callable[[Sequence[Tensor]], Any]]
     >>> rebuild([t + 1 for t in found])
     {'a': tensor([1., 1.]), 'b': [tensor([2.]), 'text']}
     """
-    found = tensors(tree)
-    nothing = torch.empty(0)
-    skeleton = map_tensors(lambda tensor: nothing, tree)
+    found: list[Tensor] = []
+
+    def take_out(tensor: Tensor) -> Tensor:
+        found.append(tensor)
+        return _PLACE
+
+    skeleton = map_tensors(take_out, tree)
 
     def rebuild(new: Sequence[Tensor]) -> Any:
         following = iter(new)

@@ -77,6 +77,7 @@ class Clipper:
         self._uses: dict[nn.Parameter, list[Use]] = {}
         self._sq_norms: dict[nn.Parameter, Tensor] = {}
         self._factors: dict[nn.Parameter, Tensor] = {}
+        """What each record's measured gradient is multiplied by in the sum."""
         self._unit = 1.0
         self._finite: Tensor | None = None
         self._statistic = 0.0
@@ -170,7 +171,7 @@ class Clipper:
         finite = sq_norms.sum(1).isfinite()
         if not bool(finite.all()):
             self._finite = finite
-        self._factors = _rounded_down(factors, parameters, self._sq_norms)
+        self._factors = _rounded_down(factors, unit, parameters, self._sq_norms)
         self._uses.clear()
         return joined
 
@@ -203,7 +204,7 @@ class Clipper:
         """Add a use, weighted by the factors; records that are not finite are replaced by zeros first."""
         if self._finite is not None:
             use = use.keep_rows(self._finite.to(parameter.device))
-        part = use.weighted_sum(self._factors[parameter] * self._unit)
+        part = use.weighted_sum(self._factors[parameter])
         known = self._sums.get(parameter)
         self._sums[parameter] = part if known is None else known.add_(part)
 
@@ -233,9 +234,9 @@ def _columns(sq_norms: Sequence[Tensor | None], n: int) -> Tensor:
 
 
 def _rounded_down(
-    factors: Tensor, parameters: Sequence[nn.Parameter], sq_norms: Mapping[nn.Parameter, Tensor]
+    factors: Tensor, unit: float, parameters: Sequence[nn.Parameter], sq_norms: Mapping[nn.Parameter, Tensor]
 ) -> dict[nn.Parameter, Tensor]:
-    """The factors [n] of each parameter that has a norm, from [n, parameters].
+    """``unit`` times the factors [n] of each parameter that has a norm, from [n, parameters].
 
     They are in the precision of its gradients, lowered by more than norms and products can be rounded up. A record that is
     not clipped keeps its factor of exactly 1.
@@ -250,6 +251,6 @@ def _rounded_down(
         if kind not in rows:
             margin = 1 - 16 * torch.finfo(like.dtype).eps
             lowered = torch.where(factors == 1, factors, factors * margin)
-            rows[kind] = lowered.T.contiguous().to(device=like.device, dtype=like.dtype)
+            rows[kind] = lowered.T.contiguous().to(device=like.device, dtype=like.dtype) * unit
         found[parameter] = rows[kind][i]
     return found

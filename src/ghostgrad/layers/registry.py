@@ -54,11 +54,14 @@ class Rule:
     def rows(self, module: nn.Module, rows: Rows) -> Rows:
         """Where the records are in the tensors of a module, given where they are in the model's."""
         least = self.least(module)
-        return replace(rows, batch_first=True) if least is None else replace(rows, least=least)
+        if least is None:
+            return rows if rows.batch_first else replace(rows, batch_first=True)
+        return rows if rows.least == least else replace(rows, least=least)
 
     def uses(self, call: Call) -> Mapping[str, Use]:
         """The uses that a call made of the module's own parameters, by local name."""
-        return self.function(replace(call, rows=self.rows(call.module, call.rows)))
+        rows = self.rows(call.module, call.rows)
+        return self.function(call if rows is call.rows else replace(call, rows=rows))
 
 
 _RULES: dict[type[nn.Module], Rule] = {}

@@ -7,7 +7,7 @@ first half of its words are radii, the second half angles.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -56,36 +56,32 @@ class _Piece:
     target: Tensor
 
 
-def add_gaussians(draws: Sequence[Draw], *, std: float, dtype: torch.dtype) -> None:
+def add_gaussians(draws: Iterable[Draw], *, std: float, dtype: torch.dtype) -> None:
     """Add Gaussians of ``std`` to the targets of ``draws``, all of one dtype and with as many streams.
 
     Small draws share the scratch memory: one call of the transform serves many of them.
     """
-    pieces = [piece for draw in draws for piece in _pieces(draw, dtype)]
-    if not pieces:
-        return
-    scratch = _Scratch(min(_SCRATCH_PAGES, sum(piece.pages for piece in pieces)), dtype)
+    scratch = _Scratch(dtype)
     waiting: list[_Piece] = []
     pages = 0
-    for piece in pieces:
-        if pages + piece.pages > scratch.pages:
+    for piece in (piece for draw in draws for piece in _pieces(draw, dtype)):
+        if pages + piece.pages > _SCRATCH_PAGES:
             scratch.add(waiting, std)
             waiting, pages = [], 0
         waiting.append(piece)
         pages += piece.pages
-    scratch.add(waiting, std)
+    if waiting:
+        scratch.add(waiting, std)
 
 
-def _pieces(draw: Draw, dtype: torch.dtype) -> list[_Piece]:
+def _pieces(draw: Draw, dtype: torch.dtype) -> Iterator[_Piece]:
     per_page = PAGE_BYTES // dtype.itemsize
     end = draw.start + draw.target.numel()
-    pieces = []
     for first in range(draw.start // per_page, -(-end // per_page), _SCRATCH_PAGES):
         last = min(first + _SCRATCH_PAGES, -(-end // per_page))
         left, right = max(draw.start, first * per_page), min(end, last * per_page)
         target = draw.target[left - draw.start : right - draw.start]
-        pieces.append(_Piece(draw.streams, first, last - first, left - first * per_page, target))
-    return pieces
+        yield _Piece(draw.streams, first, last - first, left - first * per_page, target)
 
 
 class _Scratch:
@@ -95,9 +91,9 @@ class _Scratch:
     stands, as masked vectors have no scalar remainder.
     """
 
-    def __init__(self, pages: int, dtype: torch.dtype) -> None:
-        half = PAGE_BYTES // dtype.itemsize // 2
-        self.pages, self._precision = pages, _PRECISIONS[dtype]
+    def __init__(self, dtype: torch.dtype) -> None:
+        pages, half = _SCRATCH_PAGES, PAGE_BYTES // dtype.itemsize // 2
+        self._precision = _PRECISIONS[dtype]
         floats = torch.empty(0, dtype=dtype).numpy().dtype
         self._raw = np.empty(pages * PAGE_BYTES + SLACK_BYTES, dtype=np.uint8)
         self._words = self._raw[:-SLACK_BYTES].view(self._precision.word).reshape(pages, 2, half)

@@ -95,18 +95,17 @@ class KeyedGaussian:
     def _add(self, requests: Sequence[tuple[int, Tensor, int]], *, std: float, step: int) -> None:
         if std == 0:
             return
-        draws: dict[torch.dtype, list[Draw]] = {}
-        elsewhere = []
-        for index, tensor, offset in requests:
-            in_place = tensor.is_contiguous() and tensor.device.type == "cpu"
-            flat = tensor.view(-1) if in_place else torch.zeros(tensor.numel(), dtype=tensor.dtype)
-            draws.setdefault(tensor.dtype, []).append(Draw(self._streams(step, index), flat, offset))
-            if not in_place:
-                elsewhere.append((tensor, flat))
-        for dtype, some in draws.items():
-            add_gaussians(some, std=std, dtype=dtype)
-        for tensor, flat in elsewhere:
-            tensor.add_(flat.view(tensor.shape).to(tensor.device))
+        flats = [_flat(tensor) for _, tensor, _ in requests]
+        for dtype in {flat.dtype for flat in flats}:
+            draws = (
+                Draw(self._streams(step, index), flat, offset)
+                for (index, _, offset), flat in zip(requests, flats, strict=True)
+                if flat.dtype == dtype
+            )
+            add_gaussians(draws, std=std, dtype=dtype)
+        for (_, tensor, _), flat in zip(requests, flats, strict=True):
+            if not _in_place(tensor):
+                tensor.add_(flat.view(tensor.shape).to(tensor.device))
 
     def _streams(self, step: int, index: int) -> list[Keystream]:
         lanes = [()] if self._terms == 1 else [(lane,) for lane in range(self._terms)]
@@ -132,3 +131,13 @@ class KeyedGaussian:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from what `state_dict` returned."""
         self._course = bytes.fromhex(state["course"])
+
+
+def _in_place(tensor: Tensor) -> bool:
+    """Whether noise can be added where the tensor is."""
+    return tensor.is_contiguous() and tensor.device.type == "cpu"
+
+
+def _flat(tensor: Tensor) -> Tensor:
+    """What the noise of a tensor is added to."""
+    return tensor.view(-1) if _in_place(tensor) else torch.zeros(tensor.numel(), dtype=tensor.dtype)

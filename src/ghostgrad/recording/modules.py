@@ -112,8 +112,9 @@ class Modules:
     def uses(self, rule: Rule, call: Call) -> Mapping[str, Use]:
         """What a call used; of weights that are cut into slices, this rank's slice."""
         here: dict[str, Any] = {name: local(p) for name, p in call.parameters.items()}
+        cut = any(here[name] is not p for name, p in call.parameters.items())
         with self.paused(), self.whole(rule, call.module):
-            return rule.uses(replace(call, parameters=here))
+            return rule.uses(replace(call, parameters=here) if cut else call)
 
     def whole(self, rule: Rule, module: nn.Module) -> AbstractContextManager[None]:
         """What all ranks enter where the rule runs the module again, though weights of its parts are split."""
