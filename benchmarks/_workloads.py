@@ -149,6 +149,15 @@ class TextLSTM(nn.Module):
         return self.head(self.lstm(self.words(ids))[0][:, -1])
 
 
+def many_layers() -> nn.Module:
+    """A thousand small layers, orthogonal so that the signal gets through: all of it is what a call costs."""
+    model = nn.Sequential(*(nn.Linear(4, 4) for _ in range(1000)))
+    for layer in model:
+        nn.init.orthogonal_(layer.weight)
+        nn.init.zeros_(layer.bias)
+    return model
+
+
 class _LoRA(nn.Module):
     """A frozen linear layer with a trained update of low rank (Hu et al. 2022)."""
 
@@ -196,4 +205,6 @@ WORKLOADS = {
                      lambda n: (torch.randint(1000, (n, 32)), torch.randint(10, (n,))), 64),
     "lora": Workload("LoRA on a frozen GPT", lora, _tokens(128, 4096), 8, None, _loss_of_tokens),
     "bitfit": Workload("BiTFiT on a ViT", bitfit, _images(3, 32), 32),
+    "layers": Workload("1,000 layers of 4 x 4", many_layers,
+                       lambda n: (torch.randn(n, 4), torch.randint(4, (n,))), 16),
 }  # fmt: skip
