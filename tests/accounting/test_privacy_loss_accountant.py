@@ -263,7 +263,15 @@ def test_one_step_with_a_huge_epsilon_and_a_tiny_rate_does_not_overflow_to_priva
 
 
 @pytest.mark.parametrize(
-    ("epsilon", "count", "delta"), [(1.0, 20, 1e-2), (0.1, 1000, 1e-6), (0.0016659, 249, 0.0067), (0.1, 2, 1e-25)]
+    ("epsilon", "count", "delta"),
+    [
+        (1.0, 20, 1e-2),
+        (0.1, 1000, 1e-6),
+        (0.0016659, 249, 0.0067),
+        (0.1, 2, 1e-25),
+        (34.0, 1, 1e-2),
+        (40.0, 1, 1e-2),
+    ],
 )
 def test_randomised_responses_are_never_below_their_exact_binomial(epsilon: float, count: int, delta: float) -> None:
     """k-fold randomised response (Kairouz, Oh and Viswanath 2015, theorem 3.3): delta by a binomial sum."""

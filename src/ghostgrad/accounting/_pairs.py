@@ -124,12 +124,12 @@ class ResponseBase(Base):
         return self.epsilon
 
     def masses(self, edges: Array) -> tuple[Array, Array]:
-        yes = 1.0 / (1.0 + math.exp(-self.epsilon))
+        yes, no = 1.0 / (1.0 + math.exp(-self.epsilon)), 1.0 / (1.0 + math.exp(self.epsilon))
         slack = 1e-12 * self.epsilon
         low, high = edges >= -self.epsilon - slack, edges >= self.epsilon - slack
-        below_p = np.where(high, 1.0, np.where(low, 1.0 - yes, 0.0))
-        below_q = np.where(high, 1.0, np.where(low, yes, 0.0))
-        return _between(below_p, 1.0 - below_p), _between(below_q, 1.0 - below_q)
+        below_p, above_p = np.where(high, 1.0, np.where(low, no, 0.0)), np.where(high, 0.0, np.where(low, yes, 1.0))
+        below_q, above_q = np.where(high, 1.0, np.where(low, yes, 0.0)), np.where(high, 0.0, np.where(low, no, 1.0))
+        return _between(below_p, above_p), _between(below_q, above_q)
 
 
 @dataclass(frozen=True)
