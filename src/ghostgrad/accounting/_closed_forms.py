@@ -16,6 +16,14 @@ def _mills(x: float) -> float:
     return math.sqrt(math.pi / 2.0) * float(erfcx(x / math.sqrt(2.0)))
 
 
+def _mills_slope(middle: float, width: float) -> float:
+    """The mean fall of Mills' ratio m over a small ``width``, without the difference of its ends: ``-m' = 1 - x m``."""
+    mills = _mills(middle)
+    fall = 1.0 - middle * mills
+    bend = 2.0 * fall + middle * (middle * fall - mills)  # its second derivative, by m' = x m - 1
+    return fall + width * width / 24.0 * bend
+
+
 def gaussian_delta(epsilon: float, mu: float) -> float:
     """Delta of a Gaussian mechanism with sensitivity / sigma = ``mu`` at any real ``epsilon``.
 
@@ -28,11 +36,10 @@ def gaussian_delta(epsilon: float, mu: float) -> float:
         return max(0.0, -math.expm1(epsilon))
     low, high = epsilon / mu - mu / 2.0, epsilon / mu + mu / 2.0
     density = math.exp(-low * low / 2.0) / math.sqrt(2.0 * math.pi)
+    if mu < 1e-3 and epsilon >= 0.0:
+        return density * mu * _mills_slope(epsilon / mu, mu)
     if low > 0.0:
         return density * (_mills(low) - _mills(high))
-    if high < 1.0 and epsilon >= 0.0:  # both terms of the first sum are >= 0, so that small mu keep their digits
-        between = 0.5 * (math.erf(-low / math.sqrt(2.0)) + math.erf(high / math.sqrt(2.0)))
-        return between - math.expm1(epsilon) * float(ndtr(-high))
     if high > 0.0:
         return float(ndtr(-low)) - density * _mills(high)
     return float(ndtr(-low)) - math.exp(epsilon) * float(ndtr(-high))
