@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
 
 from ghostgrad.accounting import Gaussian, PLDAccountant
-from ghostgrad.accounting._closed_forms import gaussian_delta, sampled_delta
+from ghostgrad.accounting._closed_forms import ClosedForm, gaussian_delta, gaussian_form, sampled_delta, sampled_form
 
 mpmath = pytest.importorskip("mpmath")
 
@@ -44,3 +45,20 @@ def test_one_sampled_step_has_ten_digits(rate: float, sigma: float, epsilon: flo
         shifted = mpmath.log1p(mpmath.expm1(mpmath.mpf(epsilon)) / rate)
         exact = rate * _exact(shifted, 1 / mpmath.mpf(sigma))
         assert exact < 1e-300 or abs(sampled_delta(epsilon, rate, sigma, remove=True) / exact - 1) < 5e-11
+
+
+@pytest.mark.parametrize(
+    ("form", "delta"),
+    [
+        (gaussian_form(1.0 / 45.65342207410412), 0.008735565782005324),  # epsilon 5.6e-6: delta hardly falls there
+        (gaussian_form(1.0), math.nextafter(gaussian_delta(0.0, 1.0), 0.0)),
+        (sampled_form(0.3, 2.0), math.nextafter(sampled_delta(0.0, 0.3, 2.0, True), 0.0)),
+        (gaussian_form(1.0), 1e-321),
+        (sampled_form(0.1, 1.0), 1e-321),
+        (gaussian_form(1.0), 5e-324),  # the smallest float above 0
+    ],
+)
+def test_delta_of_epsilon_is_at_most_delta_to_the_last_digit(form: ClosedForm, delta: float) -> None:
+    lower, upper = form.epsilon(delta)
+    assert 0.0 <= lower <= upper < math.inf
+    assert form.delta(upper)[1] <= delta

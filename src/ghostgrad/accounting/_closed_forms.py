@@ -10,6 +10,7 @@ from scipy.optimize import brentq
 from scipy.special import erfcx, ndtr
 
 _MARGIN = 6e-9  # above the rounding of the special functions and of the root search
+_DELTA_MARGIN = 1e-10
 
 
 def _mills(x: float) -> float:
@@ -57,9 +58,9 @@ def invert(delta_of: Callable[[float], float], delta: float) -> float:
     low = 0.0 if high == 1.0 else high / 2.0
     while low == 0.0 and high > 1e-12 and delta_of(high / 2.0) <= delta:
         high /= 2.0
-    floor = 1e-320
+    least = 5e-324  # the smallest float: no delta is below it
     target = math.log(delta)
-    return float(brentq(lambda e: math.log(max(delta_of(e), floor)) - target, low, high, xtol=high * 1e-14, rtol=1e-14))
+    return float(brentq(lambda e: math.log(max(delta_of(e), least)) - target, low, high, xtol=high * 1e-14, rtol=1e-14))
 
 
 def gaussian_epsilon(mu: float, delta: float) -> float:
@@ -110,12 +111,14 @@ class ClosedForm:
     def epsilon(self, delta: float) -> tuple[float, float]:
         """Lower and upper bounds of epsilon."""
         exact = max(invert(curve, delta) for curve in self.curves)
-        return max(0.0, exact * (1.0 - _MARGIN)), exact * (1.0 + _MARGIN)
+        # Where the curve is flat, epsilon's margin is less than delta's: what `delta` adds is taken off first.
+        above = max(invert(curve, delta * (1.0 - 2.0 * _DELTA_MARGIN)) for curve in self.curves)
+        return max(0.0, exact * (1.0 - _MARGIN)), above * (1.0 + _MARGIN)
 
     def delta(self, epsilon: float) -> tuple[float, float]:
         """Lower and upper bounds of delta."""
         exact = max(curve(epsilon) for curve in self.curves)
-        return exact * (1.0 - _MARGIN), min(1.0, exact * (1.0 + 1e-10))
+        return exact * (1.0 - _MARGIN), min(1.0, exact * (1.0 + _DELTA_MARGIN))
 
 
 def gaussian_form(mu: float) -> ClosedForm:
