@@ -29,7 +29,8 @@ from ghostgrad.accounting import (
     RDPAccountant,
     _solvers,
 )
-from ghostgrad.accounting._closed_forms import gaussian_delta, gaussian_epsilon, sampled_delta
+from ghostgrad.accounting._closed_forms import gaussian_delta, gaussian_epsilon, sampled_delta, sampled_form
+from ghostgrad.accounting._contour import Contour, Steps
 from ghostgrad.accounting._convolution import Composition, Convolution
 from ghostgrad.accounting._pairs import FixedSize, GaussianBase, Sampled
 from ghostgrad.errors import ConfigurationError
@@ -131,6 +132,20 @@ def test_contour_and_convolution_agree() -> None:
         exact = line.epsilon(delta)
         assert exact is not None
         assert exact[0] <= mesh.epsilon(delta)[1] <= exact[1] * (1 + 5e-4)
+
+
+@pytest.mark.parametrize(("rate", "sigma"), [(0.05, 0.07), (0.5, 0.06)])
+@pytest.mark.parametrize("delta", [1e-5, 1e-100, 1e-150])
+def test_contour_of_one_step_is_its_closed_form_at_any_size_of_its_moments(
+    rate: float, sigma: float, delta: float
+) -> None:
+    """Few steps with little noise have moments beyond 1e154 at the saddle, whose square is no float."""
+    steps = Steps(np.array([rate]), np.array([sigma]), np.array([1.0]))
+    found, exact = Contour(steps).epsilon(delta), sampled_form(rate, sigma).epsilon(delta)
+    assert found is not None
+    assert found[0] <= exact[1]
+    assert exact[0] <= found[1]
+    assert found == pytest.approx(exact, rel=1e-6)
 
 
 def test_small_deltas_of_many_steps_stay_above_the_truth() -> None:

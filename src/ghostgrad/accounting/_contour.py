@@ -114,8 +114,10 @@ def _log_characteristic(power: float, y: Array, sign: float, rate: float, sigma:
         return None
     turned = _turned(sign * y, log[keep], np.exp(tilted[keep]))
     re, im = real + turned.real, turned.imag
-    square = np.maximum(re * (2.0 + re) + im * im, -1.0 + 1e-16)  # |1 + re + i im|^2 - 1, kept off log 0
-    return np.asarray(0.5 * np.log1p(square) + 1j * np.arctan2(im, 1.0 + re))
+    with np.errstate(over="ignore", divide="ignore"):
+        square = np.maximum(re * (2.0 + re) + im * im, -1.0 + 1e-16)  # |1 + re + i im|^2 - 1, kept off log 0
+        size = np.where(square < 1e300, 0.5 * np.log1p(square), np.log(np.hypot(1.0 + re, im)))
+    return np.asarray(size + 1j * np.arctan2(im, 1.0 + re))
 
 
 @lru_cache(maxsize=2048)
