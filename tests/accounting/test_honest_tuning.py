@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from ghostgrad.accounting import Gaussian, RDPAccountant, draw_trials, tuned_epsilon, tuning_event
-from ghostgrad.accounting._curves import log_expected_trials
+from ghostgrad.accounting import BestOf, Gaussian, RDPAccountant, _curves, draw_trials, tuned_epsilon, tuning_event
+from ghostgrad.accounting._curves import MORE_ORDERS, log_expected_trials
 from ghostgrad.errors import ConfigurationError
 
 
@@ -60,3 +60,41 @@ def test_impossible_tuning_is_refused() -> None:
         tuning_event(Gaussian(1.0), mean_trials=0.5, trials="geometric")
     with pytest.raises(ConfigurationError, match="did you mean 'poisson'"):
         tuning_event(Gaussian(1.0), mean_trials=5, trials="poison")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("shape", [0.0, 1.0, math.inf])
+@pytest.mark.parametrize("sigma", [2.0, 300.0, 1e5])
+def test_an_order_costs_the_same_whichever_others_are_asked_with_it(shape: float, sigma: float) -> None:
+    """The theorems pair each order with any other: one that was asked alone had only itself."""
+    accountant = RDPAccountant()
+    accountant.record(BestOf(Gaussian(sigma), shape, 0.1))
+    orders = np.array([1.5, 2.0, 30.0, 1000.0])
+    together = accountant.get_rdp(orders)
+    alone = np.concatenate([accountant.get_rdp(orders[i : i + 1]) for i in range(4)])
+    beyond = accountant.get_rdp(np.concatenate([orders, MORE_ORDERS]))[:4]
+    assert np.array_equal(together, alone)
+    assert np.array_equal(together, beyond)
+
+
+def test_partners_of_an_order_are_the_best_of_the_theorem() -> None:
+    """Theorem 2 for a Gaussian: (1 - 1 / b) b / (2 sigma^2) + log(1 / gamma) / b is least at b = sigma sqrt(2 log(1 / gamma))."""
+    sigma, gamma = 50.0, 1e-4
+    accountant = RDPAccountant()
+    accountant.record(BestOf(Gaussian(sigma), 1.0, gamma))
+    best = sigma * math.sqrt(-2.0 * math.log(gamma))
+    extra = (best - 1.0) / (2.0 * sigma**2) - math.log(gamma) / best
+    exact = 20.0 / (2.0 * sigma**2) + 2.0 * extra - math.log(gamma) / 19.0
+    assert exact <= float(accountant.get_rdp(np.array([20.0]))[0]) <= exact * (1.0 + 1e-3)
+
+
+def test_tuning_over_a_noise_schedule_takes_as_few_curves_as_the_run_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    run = RDPAccountant()
+    for sigma in np.linspace(0.8, 1.2, 1000):
+        run.step(noise_multiplier=float(sigma), sample_rate=0.01)
+    curves = []
+    real = _curves.sampled_gaussian_curve
+    monkeypatch.setattr(_curves, "sampled_gaussian_curve", lambda *given: curves.append(given) or real(*given))
+    once = run.get_epsilon(1e-5)
+    few = len(curves)
+    assert once < tuned_epsilon(run, 1e-5, mean_trials=10) < 2 * once
+    assert len(curves) - few <= 3 * few < 1500

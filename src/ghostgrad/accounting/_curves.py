@@ -25,8 +25,8 @@ from ghostgrad.accounting.events import (
     Laplace,
     Opaque,
     PoissonSampled,
-    atoms,
 )
+from ghostgrad.accounting.ledger import Ledger
 from ghostgrad.errors import ConfigurationError
 
 Array = NDArray[np.float64]
@@ -128,18 +128,33 @@ def _fixed_size_curve(rate: float, sigma: float, orders: Array) -> Array:
 
 def _best_of_curve(event: BestOf, orders: Array) -> Array:
     """Papernot and Steinke (2022): theorem 2 (truncated negative binomial) and theorem 6 (Poisson)."""
-    inner = total_curve({}, _merged(event.event), orders)
-    rdp = inner / (orders - 1.0)
+    inner, (others, paired) = _trial_curve(event, orders), _partners(event)
     if math.isinf(event.shape):
         # Theorem 6 wants (epsilon', delta')-DP of the base with exp(epsilon') <= 1 + 1 / (a - 1), at every order a.
         limit = np.log1p(1.0 / (orders - 1.0))
-        log_deltas = np.array([np.min(log_delta_curve(orders, inner, limit_a)) for limit_a in limit])
+        log_deltas = np.array([np.min(log_delta_curve(others, paired, limit_a)) for limit_a in limit])
         with np.errstate(under="ignore"):
             misses = event.stop * np.exp(np.minimum(log_deltas, 0.0))
         return np.asarray(inner + (orders - 1.0) * misses + max(math.log(event.stop), 0.0))
     eta, gamma = event.shape, event.stop
-    extra = (1.0 + eta) * np.min((1.0 - 1.0 / orders) * rdp - np.log(gamma) / orders)
+    extra = (1.0 + eta) * np.min((1.0 - 1.0 / others) * paired / (others - 1.0) - np.log(gamma) / others)
     return np.asarray(inner + (orders - 1.0) * extra + log_expected_trials(eta, gamma))
+
+
+def _trial_curve(event: BestOf, orders: Array) -> Array:
+    trial = Ledger()
+    trial.append(event.event)
+    return total_curve(trial.sampled_gaussians(), trial.others(), orders)
+
+
+@lru_cache(maxsize=64)
+def _partners(event: BestOf) -> tuple[Array, Array]:
+    """Orders and ``K`` of one trial, with which the theorems pair any order: always these, so that all grids agree."""
+    curve = _trial_curve(event, ORDERS)
+    if curve[-1] > 12.0 * (ORDERS[-1] - 1.0):
+        # Further orders prove no epsilon below 12, and theorem 6 asks for at most log(1 + 1e5) of them.
+        return ORDERS, curve
+    return np.concatenate([ORDERS, MORE_ORDERS]), np.concatenate([curve, _trial_curve(event, MORE_ORDERS)])
 
 
 def log_expected_trials(shape: float, stop: float) -> float:
@@ -160,13 +175,6 @@ def log_expected_trials(shape: float, stop: float) -> float:
 
 def _log_expm1(y: float) -> float:
     return float(log_expm1(np.float64(y)))
-
-
-def _merged(event: Event) -> dict[Event, int]:
-    totals: dict[Event, int] = {}
-    for part, count in atoms(event):
-        totals[part] = totals.get(part, 0) + count
-    return totals
 
 
 def event_curve(event: Event, orders: Array) -> Array:
