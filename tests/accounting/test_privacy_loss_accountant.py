@@ -254,6 +254,25 @@ def test_mesh_at_the_limit_of_memory_warns_and_holds() -> None:
         assert _accountant("[[1e-05, 0.6, 1000000]]", mesh_points=1 << 15).get_epsilon(1e-5) >= fine
 
 
+@pytest.mark.filterwarnings("ignore::ghostgrad.accounting.AccountingWarning")
+@pytest.mark.parametrize(
+    ("rate", "scale", "count", "points"),
+    [(0.81, 2.8, 11_450, 1 << 14), (0.81, 0.5, 10**8, 1 << 21), (1.0, 1.0, 10**6, 1 << 15)],
+)
+def test_a_coarse_mesh_of_many_steps_is_not_below_their_mean_loss(
+    rate: float, scale: float, count: int, points: int
+) -> None:
+    """A mesh moves losses up, here by more in all than the window was wide: the mass came in again from below."""
+    x = np.linspace(-40.0 * scale, 1.0 + 40.0 * scale, 1_000_001)
+    without = np.exp(-np.abs(x) / scale)
+    mixed = (1.0 - rate) * without + rate * np.exp(-np.abs(x - 1.0) / scale)
+    mean = count * float(np.log(mixed / without) @ mixed / mixed.sum())
+    accountant = PLDAccountant(mesh_points=points)
+    accountant.record(PoissonSampled(rate, Laplace(scale)), count)
+    assert accountant.get_delta(0.0) > 0.99
+    assert accountant.get_epsilon(1e-10) > accountant.get_epsilon(1e-3) > mean
+
+
 def test_method_of_a_plain_answer_is_named_and_prv_is_the_same() -> None:
     accountant, other = PLDAccountant(), PRVAccountant()
     for held in (accountant, other):

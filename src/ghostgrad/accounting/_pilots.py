@@ -39,11 +39,11 @@ class Composition:
         """The number of releases."""
         return sum(count for _, count in self.pairs)
 
-    def table(self, tail: float) -> Array:
-        """``K(s)`` on the grid of tilts, from coarse graded meshes of the truncated losses."""
-        return _table(self, tail)
+    def table(self, tail: float, h: float = 0.0) -> Array:
+        """``K(s)`` on the grid of tilts, from coarse graded meshes of the truncated losses; with ``h``, that of a mesh."""
+        return _table(self, tail, h)
 
-    def fresh_table(self, tail: float) -> Array:
+    def fresh_table(self, tail: float, h: float = 0.0) -> Array:
         """`table` without the memory of earlier ones."""
         total = np.zeros(len(GRID))
         for pair, count in self.pairs:
@@ -51,24 +51,44 @@ class Composition:
             edges = _graded(low, high)
             whole_p, whole_r = pair.bins(edges)
             p, r = whole_p[1:-1], whole_r[1:-1]
-            seen = (p > 0.0) & (r > 0.0)
-            middle = np.clip(np.log(p[seen]) - np.log(r[seen]), edges[:-1][seen], edges[1:][seen])
+            seen = np.flatnonzero((p > 0.0) & (r > 0.0))
+            middle = np.clip(np.log(p[seen]) - np.log(r[seen]), edges[seen], edges[seen + 1])
             # What lies at or below the lowest edge (the lower atom of Laplace noise) counts there: rounded up.
             p = np.concatenate([whole_p[:1], p[seen]])
-            middle = np.concatenate([edges[:1], middle])
-            seen = p > 0.0
-            p, middle = p[seen], middle[seen]
+            cells = np.array([edges[:1].repeat(3), *np.transpose([edges[seen], middle, edges[seen + 1]])])
+            p, cells = p[p > 0.0], cells[p > 0.0]
             with np.errstate(over="ignore"):
-                logs = np.multiply.outer(GRID, middle) + np.log(p)
+                logs = _log_tilted(cells, h) + np.log(p)
             peak = logs.max(axis=1)
             total += count * (peak + np.log(np.exp(logs - peak[:, None]).sum(axis=1)))
         return total
 
 
+def _log_tilted(cells: Array, h: float) -> Array:
+    """``log E exp(s X)`` for every tilt s and cell: of its middle, or of where a mesh of width ``h`` moves that.
+
+    It moves to the ends of its interval with ``E exp(-X)`` kept. Of a cell in several intervals it is known that X is within
+    h, so that ``log E exp(s X)`` grows by at most ``s (s + 1) h^2 / 8`` (Hoeffding's lemma at s and at -1) and ``s h``.
+    """
+    first, middle, last = cells.T
+    plain: Array = np.multiply.outer(GRID, middle)
+    if h == 0.0:
+        return plain
+    below = np.floor(first / h) * h
+    share = np.clip(np.expm1(below - middle) / math.expm1(-h), 0.0, 1.0)
+    rise = np.expm1(np.minimum(GRID * h, 600.0))[:, None]
+    moved = np.multiply.outer(GRID, below) + np.log1p(rise * share) + np.maximum(GRID * h - 600.0, 0.0)[:, None]
+    return np.asarray(np.where(last <= below + h, moved, plain + _most_rise(h)[:, None]))
+
+
+def _most_rise(h: float) -> Array:
+    return np.asarray(GRID * np.minimum((GRID + 1.0) * h * h / 8.0, h))
+
+
 @lru_cache(maxsize=64)
-def _table(composition: Composition, tail: float) -> Array:
+def _table(composition: Composition, tail: float, h: float) -> Array:
     """The tables do not depend on where the curve is read: many readings share them."""
-    table = composition.fresh_table(tail)
+    table = composition.fresh_table(tail, h)
     table.setflags(write=False)
     return table
 
@@ -155,8 +175,7 @@ def mesh_for(pilot: Pilot, centre: float, excess: float, largest: int = LARGEST)
     spans = [(pair.span(tail), count) for pair, count in composition.pairs]
     at = pilot.at if centre == pilot.epsilon else saddle_at_epsilon(GRID, curve, centre)[0]
     at = _narrowest(curve, at, centre)
-    low, high = _window(curve, at)
-    low, high = min(low, -1e-3 * centre), max(high, centre * 1.01)
+    low, high = plain = _window(curve, curve, at)
     least, most = (sum(count * span[side] for span, count in spans) for side in (0, 1))
     tilt, steps = float(GRID[at]), composition.steps
     h = math.sqrt(12.0 * excess / (steps * (tilt + 1.0)))
@@ -165,6 +184,10 @@ def mesh_for(pilot: Pilot, centre: float, excess: float, largest: int = LARGEST)
     widest = max(min(high, most) - max(low, least), *(span[1] - span[0] for span, _ in spans))
     h = 2.0 ** max(math.floor(math.log2(h)), math.ceil(math.log2(widest / largest)))
     for _ in range(64):
+        low, high = _window(curve, curve + steps * _most_rise(h), at)
+        if high - low > 1.1 * (plain[1] - plain[0]):
+            low, high = _window(curve, composition.table(tail, h), at)
+        low, high = min(low, -1e-3 * centre), max(high, centre * 1.01)
         # A step's mass can lie up to two points outside its span; what lies outside the window would be read on its other side.
         bottom, top = max(low, least - 2.0 * steps * h) - 2.0 * h, min(high, most + 2.0 * steps * h) + 2.0 * h
         if top - bottom <= 1.5 * largest * h:
@@ -182,17 +205,17 @@ def _narrowest(curve: Array, at: int, centre: float) -> int:
     allowed = [index for index in range(max(0, at - 56), at + 1, 2) if logs[index] < logs[at] + 9.0] + [at]
 
     def points(index: int) -> float:
-        low, high = _window(curve, index)
+        low, high = _window(curve, curve, index)
         return (high - low) * math.sqrt(GRID[index] + 1.0)
 
     return min(allowed, key=points)
 
 
-def _window(curve: Array, at: int) -> tuple[float, float]:
-    """Chernoff bounds on where the tilted total lies."""
+def _window(curve: Array, raised: Array, at: int) -> tuple[float, float]:
+    """Chernoff bounds on where the tilted total lies; ``raised`` is the curve of the mesh, nowhere less than ``curve``."""
     s, k = GRID[at], curve[at]
     with np.errstate(divide="ignore", invalid="ignore"):
-        bounds = (curve - k + _WINDOW) / (GRID - s)
+        bounds = (raised - k + _WINDOW) / (GRID - s)
     high = float(bounds[at + 1 :].min()) if at + 1 < len(GRID) else math.inf
     # Below: the exponents from the tilt down to 0, where K is 0.
     low = max(float(bounds[:at].max()) if at else -math.inf, float((k - _WINDOW) / s))
