@@ -47,6 +47,13 @@ EXTREME: list[list[tuple[Event, int]]] = [
     [(PoissonSampled(0.5, Gaussian(1e160)), 1), (PoissonSampled(5e-324, Gaussian(1.0)), 7)],
     [(Gaussian(5e-324), 1)],
     [(Laplace(5e-324), 1), (Opaque(1.7e308), 3)],
+    [(PoissonSampled(2.7e-4, Laplace(5e-324)), 1)],
+    [(PoissonSampled(5e-324, Opaque(705.0)), 2)],
+    [(Opaque(1e300), 490)],
+    [(FixedSizeSampled(0.2, Gaussian(1e160)), 3)],
+    [(FixedSizeSampled(1.2e-18, Gaussian(1.1)), 3794)],
+    [(FixedSizeSampled(2.8e-26, Gaussian(0.5)), 4)],
+    [(BestOf(Opaque(0.957), math.inf, 18.4), 439)],
 ]
 
 
@@ -72,6 +79,28 @@ def test_extreme_ledgers_are_answered(entries: list[tuple[Event, int]], kind: Ca
             assert accountant.get_delta(bounds.upper) <= delta
         for epsilon in (0.0, 1e-300, 1.0, 1.7e308):
             assert 0.0 <= accountant.get_delta(epsilon) <= 1.0
+
+
+@pytest.mark.filterwarnings("ignore::ghostgrad.accounting.AccountingWarning")
+def test_the_renyi_bound_answers_where_contours_are_at_their_end() -> None:
+    accountants = [RDPAccountant(), PLDAccountant(mesh_points=1 << 14)]
+    for accountant in accountants:
+        accountant.step(noise_multiplier=0.05226, sample_rate=0.0849, steps=20_116_065)
+        accountant.step(noise_multiplier=3.79e7, sample_rate=0.9999999999999881, steps=5571)
+    assert accountants[1].get_epsilon(2.4e-11) <= accountants[0].get_epsilon(2.4e-11) < math.inf
+
+
+@pytest.mark.parametrize("sigma", [1e11, 1e40, 1e140])
+def test_epsilon_of_much_noise_scales_with_it(sigma: float) -> None:
+    accountant = PLDAccountant()
+    accountant.record(Gaussian(sigma))
+    bounds = accountant.get_bounds(1e-5 / sigma)
+    lower, upper = (
+        math.exp(-c * c / 2.0) / math.sqrt(2.0 * math.pi)
+        - c * math.erfc(c / math.sqrt(2.0)) / 2.0  # delta sigma, mu to 0
+        for c in (sigma * bounds.lower, sigma * bounds.upper)
+    )
+    assert upper <= 1e-5 <= lower == pytest.approx(1e-5, rel=1e-6)
 
 
 def test_noise_beyond_the_range_of_squares_leaves_a_trace() -> None:

@@ -56,7 +56,7 @@ def invert(delta_of: Callable[[float], float], delta: float) -> float:
         if high > 1e300:
             return math.inf
     low = 0.0 if high == 1.0 else high / 2.0
-    while low == 0.0 and high > 1e-12 and delta_of(high / 2.0) <= delta:
+    while low == 0.0 and high > 1e-300 and delta_of(high / 2.0) <= delta:
         high /= 2.0
     least = 5e-324  # the smallest float: no delta is below it
     target = math.log(delta)

@@ -95,6 +95,9 @@ def log_binomial_excess(orders: Array, rate: float, log_moments: Array) -> Array
     for index, order in enumerate(orders.astype(int)):
         terms = _log_binomials(int(order)) + per_k[2 : order + 1]
         peak = terms.max()
+        if peak == np.inf:
+            result[index] = np.inf
+            continue
         result[index] = peak + np.log(np.exp(terms - peak).sum()) + order * np.log1p(-rate)
     return result
 

@@ -143,7 +143,7 @@ class Sampled(Pair):
     def _loss(self, t: float) -> float:
         if self.rate == 1.0:
             return t
-        return math.log1p(self.rate * math.expm1(t)) if t < 30.0 else t + math.log(self.rate)
+        return math.log1p(self.rate * math.expm1(t)) if t < 700.0 else t + math.log(self.rate)
 
     def _ratio(self, loss: Array) -> Array:
         """``t`` at which ``log(1 - q + q exp(t))`` is ``loss``; ``-inf`` below its range."""

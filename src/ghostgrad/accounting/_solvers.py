@@ -21,6 +21,7 @@ from ghostgrad.accounting.events import Event, FixedSizeSampled, Gaussian, Lapla
 Array = NDArray[np.float64]
 
 SMALLEST_SIGMA = 0.05  # below, losses are in the hundreds per step and the Renyi bound is used
+LARGEST_SIGMA = 1e9  # above, losses are too near 0 for the digits of a float
 MOST_STEPS = 10**10  # above, a mesh within memory is too coarse to be worth reading
 _CONTOUR_PAIRS = 256
 _CONVOLUTION_PAIRS = 24
@@ -81,7 +82,7 @@ def _readable(releases: Releases, delta: float) -> bool:
     return bool(
         rates.min(initial=rest) >= 1e-30
         and sigmas.min(initial=1.0) >= SMALLEST_SIGMA
-        and sigmas.max(initial=1.0) <= 1e9
+        and sigmas.max(initial=1.0) <= LARGEST_SIGMA
         and (releases.precision == 0.0 or 1e-18 <= releases.precision <= 1e12)
         and steps <= MOST_STEPS
         and delta >= 1e-200
@@ -138,7 +139,7 @@ def _pairs(releases: Releases) -> list[tuple[Pair, int]] | None:
         if other is None:
             return None
         pairs.append((other, count))
-    return pairs if all(_noise(pair) >= SMALLEST_SIGMA for pair, _ in pairs) else None
+    return pairs if all(SMALLEST_SIGMA <= _noise(pair) <= LARGEST_SIGMA for pair, _ in pairs) else None
 
 
 def _pair(event: Event, replace: bool) -> Pair | None:
@@ -154,6 +155,7 @@ def _pair(event: Event, replace: bool) -> Pair | None:
 
 
 def _noise(pair: Pair) -> float:
+    """How much noise a pair has, on the scale of a Gaussian's sigma."""
     if isinstance(pair, ReplaceOne):
         return pair.sigma / 2.0
     base = pair.base if isinstance(pair, (Sampled, FixedSize)) else None
@@ -161,7 +163,7 @@ def _noise(pair: Pair) -> float:
         return base.sigma
     if isinstance(base, LaplaceBase):
         return base.scale
-    return SMALLEST_SIGMA if isinstance(base, ResponseBase) and base.epsilon < 500.0 else 0.0
+    return 500.0 * SMALLEST_SIGMA / base.epsilon if isinstance(base, ResponseBase) else 0.0
 
 
 def _bucketed(table: Array, most: int, rounding_up: bool) -> Array:

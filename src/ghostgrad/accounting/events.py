@@ -314,9 +314,9 @@ def _sampled_atoms(event: PoissonSampled, count: int) -> Iterator[tuple[Event, i
         amplified = (
             math.log1p(event.rate * math.expm1(event.event.epsilon))
             if event.event.epsilon < 700.0
-            else (event.event.epsilon + math.log(event.rate))
+            else event.event.epsilon + math.log(event.rate)
         )
-        yield Opaque(amplified, event.rate * event.event.delta), count
+        yield Opaque(max(amplified, 0.0), event.rate * event.event.delta), count
     else:
         yield PoissonSampled(event.rate, _one_gaussian(event)), count
 

@@ -83,7 +83,7 @@ class PLDAccountant(EitherNeighbour):
         lower, upper, method = (
             self._solve(releases, inner, delta, with_lower) if inner > 0.0 else (0.0, math.inf, "none")
         )
-        if method not in ("closed form", "contour inversion"):
+        if method not in ("closed form", "contour inversion") or math.isinf(upper):
             bound, said = self._renyi_bound(delta)
             if bound < upper or math.isinf(upper):
                 upper, method = bound, "rdp"

@@ -51,7 +51,7 @@ def readable_others(ledger: Ledger, replace: bool = False) -> tuple[dict[Event, 
     failing = [event for event in result if isinstance(event, Opaque) and event.delta > 0.0]
     if len(failing) == 1 and result[failing[0]] == 1:
         return result, failing[0].delta  # without the rounding of logarithms
-    return result, min(1.0, -math.expm1(log_finite) * (1.0 + 4e-16))
+    return result, min(1.0, (0.0 - math.expm1(log_finite)) * (1.0 + 4e-16))
 
 
 def _restated(event: Event, fixed: bool) -> Event:
@@ -176,15 +176,17 @@ class RDPAccountant(EitherNeighbour):
 
     def get_delta(self, epsilon: float) -> float:
         """Return delta at ``epsilon``: the smallest over all orders, and never above 1."""
-        epsilon = min(check_epsilon(epsilon), 1e300)  # beyond, products overflow; delta only falls
+        epsilon = check_epsilon(epsilon)
         orders, curve, infinite = self._curve(False)
         if epsilon >= self._pure():
             return infinite
+        epsilon = min(epsilon, 1e300)  # beyond, products overflow; delta only falls
         if not np.isfinite(curve).any():
             return 1.0
         logs = log_delta_curve(orders, curve, epsilon)
         best = float(logs.min())
-        if int(np.argmin(logs)) == len(orders) - 1:
+        falling = curve[-1] / (orders[-1] - 1.0) < curve[-2] / (orders[-2] - 1.0)  # so do divergences of `BestOf`
+        if falling or int(np.argmin(logs)) == len(orders) - 1:
             orders_more, curve_more, _ = self._curve(True)
             best = min(best, float(log_delta_curve(orders_more, curve_more, epsilon).min()))
         best = min(best, log_total_variation(orders, curve), 0.0)
