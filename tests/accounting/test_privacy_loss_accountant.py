@@ -31,8 +31,9 @@ from ghostgrad.accounting import (
 )
 from ghostgrad.accounting._closed_forms import gaussian_delta, gaussian_epsilon, sampled_delta, sampled_form
 from ghostgrad.accounting._contour import Contour, Steps
-from ghostgrad.accounting._convolution import Composition, Convolution
+from ghostgrad.accounting._convolution import Composition, Convolution, compose
 from ghostgrad.accounting._pairs import FixedSize, GaussianBase, Sampled
+from ghostgrad.accounting._pilots import mesh_for, pilot_with_tail
 from ghostgrad.errors import ConfigurationError
 
 ROWS = list(csv.DictReader((Path(__file__).parent / "reference_epsilons.csv").read_text().splitlines()))
@@ -271,6 +272,29 @@ def test_a_coarse_mesh_of_many_steps_is_not_below_their_mean_loss(
     accountant.record(PoissonSampled(rate, Laplace(scale)), count)
     assert accountant.get_delta(0.0) > 0.99
     assert accountant.get_epsilon(1e-10) > accountant.get_epsilon(1e-3) > mean
+
+
+@pytest.mark.filterwarnings("ignore::ghostgrad.accounting.AccountingWarning")
+@pytest.mark.parametrize(("rate", "scale", "count", "delta"), [(1e-8, 1.0, 100, 1e-30), (1e-9, 2.0, 10, 1e-40)])
+def test_lower_bounds_leave_room_for_the_round_off_of_the_transform(
+    rate: float, scale: float, count: int, delta: float
+) -> None:
+    """Losses this small are read from masses that are round-off only; none is larger than the sum of the largest."""
+    accountant = PLDAccountant()
+    accountant.record(PoissonSampled(rate, Laplace(scale)), count)
+    assert accountant.get_bounds(delta).lower <= count * math.log1p(rate * math.expm1(1.0 / scale))
+
+
+def test_round_off_is_within_what_is_allowed_for_it() -> None:
+    """Masses tilted for one epsilon, and read there and far out, where round-off has hidden some of them."""
+    composition = Composition(((Sampled(GaussianBase(20.0), 1.0), 100),))
+    pilot = pilot_with_tail(composition, 0.5, 1e-60)
+    total = compose(composition, mesh_for(pilot, 0.5, 1e-6), 0.5)
+    for epsilon in (0.5, 2.0, 4.3):
+        exact, found = gaussian_delta(epsilon, 0.5), total.delta(epsilon)
+        assert exact <= found + total.rounding(epsilon, hidden=True)
+        assert found - total.rounding(epsilon, hidden=False) <= exact * (1.0 + 1e-2)
+    assert total.rounding(0.5, hidden=False) < 1e-12 * gaussian_delta(0.5, 0.5)
 
 
 def test_method_of_a_plain_answer_is_named_and_prv_is_the_same() -> None:

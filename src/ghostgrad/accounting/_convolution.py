@@ -45,6 +45,22 @@ class Total:
     log_scale: float  # log M - tilt * reference
     reference: float
     infinite: float
+    tilt: float
+    noise: float  # how far a mass can be off by the transform's round-off
+
+    def rounding(self, epsilon: float, hidden: bool) -> float:
+        """What round-off may have ``hidden`` of delta at ``epsilon``: it is as good as random, and what is below 0 was cut off.
+
+        What it may have added: cut off so, all of it has one sign.
+        """
+        if self.noise == 0.0:
+            return 0.0
+        at = min(int(np.searchsorted(self.losses, epsilon, side="right")), len(self.losses) - 1)
+        h, left = float(self.losses[1] - self.losses[0]), float(len(self.losses) - at)
+        power = 2.0 if hidden else 1.0  # the length of the vector of weights exp(-tilt h j), or their sum
+        weights = min(left, -1.0 / math.expm1(-power * self.tilt * h)) ** (1.0 / power)
+        log = self.log_scale + self.tilt * (self.reference - float(self.losses[at]))
+        return math.exp(min(0.0, log + math.log(self.noise) + math.log(weights)))
 
     def delta(self, epsilon: float) -> float:
         """Delta at ``epsilon``: exact for the mesh."""
@@ -87,6 +103,7 @@ def compose(composition: Composition, mesh: Mesh, reference: float) -> Total:
         np.exp(logs, out=logs)
     mass = fft.irfft(logs, count, overwrite_x=True)
     first = math.ceil(mesh.low / mesh.h)
+    noise = max(0.0, -float(mass.min()))  # no mass is negative but by round-off
     mass = np.maximum(np.roll(mass, offset - first), 0.0)
     losses = np.arange(first, first + count) * mesh.h
     # The cap on the second exponent binds far below the reference only, where it makes delta larger.
@@ -94,7 +111,7 @@ def compose(composition: Composition, mesh: Mesh, reference: float) -> Total:
     weights = (mass * np.exp(np.minimum(exponent * away, 690.0)) for exponent in (mesh.tilt, mesh.tilt + 1.0))
     suffix = [np.cumsum(weight[::-1])[::-1] for weight in weights]
     scale = log_scale - mesh.tilt * reference
-    return Total(losses, suffix[0], suffix[1], scale, reference, -math.expm1(log_finite))
+    return Total(losses, suffix[0], suffix[1], scale, reference, -math.expm1(log_finite), mesh.tilt, noise)
 
 
 def _add_power(logs: NDArray[np.complex128], loss: Loss, times: int, mesh: Mesh, count: int) -> tuple[float, int]:
@@ -165,8 +182,13 @@ class Convolution:
         return composition.steps * mesh.h**2 / 8.0 + mesh.h * math.sqrt(composition.steps * -math.log(miss) / 2.0)
 
     def _lower(self, composition: Composition, mesh: Mesh, total: Total, delta: float) -> float:
-        miss = 1e-3 * delta  # and at most as much again for the low tails that were moved up to the mesh
-        return max(0.0, total.epsilon(delta + 2.0 * miss + total.infinite) - self._moved(composition, mesh, miss))
+        miss = (
+            1e-3 * delta
+        )  # and at most as much again for the low tails that were moved up to the mesh, and for round-off
+        epsilon = total.epsilon(delta + 3.0 * miss + total.infinite)
+        if total.rounding(epsilon, hidden=False) > miss:
+            return 0.0
+        return max(0.0, epsilon - self._moved(composition, mesh, miss))
 
     def delta(self, epsilon: float) -> tuple[float, float]:
         """Lower and upper bounds of delta; 0 and 1 without a mesh."""
@@ -202,8 +224,9 @@ class Convolution:
             excess = min(excess, self.tolerance * epsilon / 2.0)
         mesh = mesh_for(pilot, epsilon, excess, self.largest)
         total = compose(pilot.composition, mesh, epsilon)
-        value = total.delta(epsilon)
+        value = min(1.0, total.delta(epsilon) + total.rounding(epsilon, hidden=True))
         miss = max(1e-3 * value, 1e-300)
-        further = total.delta(epsilon + self._moved(pilot.composition, mesh, miss))
+        moved = epsilon + self._moved(pilot.composition, mesh, miss)
+        further = total.delta(moved) - total.rounding(moved, hidden=False)
         lower = further * (1.0 - 1e-6) - miss - total.infinite - pilot.composition.steps * mesh.tail
         return max(0.0, lower), value, total.infinite
