@@ -90,6 +90,16 @@ def test_the_renyi_bound_answers_where_contours_are_at_their_end() -> None:
     assert accountants[1].get_epsilon(2.4e-11) <= accountants[0].get_epsilon(2.4e-11) < math.inf
 
 
+@pytest.mark.parametrize(("event", "least"), [(Gaussian(1.0), 38.0), (PoissonSampled(0.5, Gaussian(7.1656)), 4.6)])
+def test_the_smallest_float_as_delta_is_read_by_logarithms(event: Event, least: float) -> None:
+    accountants = [RDPAccountant(), PLDAccountant()]
+    for accountant in accountants:
+        accountant.record(event)
+    renyi, tight = (accountant.get_epsilon(5e-324) for accountant in accountants)
+    assert least < tight <= renyi
+    assert accountants[1].get_delta(tight) <= 5e-324
+
+
 @pytest.mark.parametrize("sigma", [1e11, 1e40, 1e140])
 def test_epsilon_of_much_noise_scales_with_it(sigma: float) -> None:
     accountant = PLDAccountant()

@@ -9,7 +9,17 @@ from typing import Any
 import numpy as np
 import pytest
 
-from ghostgrad.accounting import BestOf, Gaussian, RDPAccountant, _curves, draw_trials, tuned_epsilon, tuning_event
+from ghostgrad.accounting import (
+    BestOf,
+    Gaussian,
+    Laplace,
+    PoissonSampled,
+    RDPAccountant,
+    _curves,
+    draw_trials,
+    tuned_epsilon,
+    tuning_event,
+)
 from ghostgrad.accounting._curves import MORE_ORDERS, log_expected_trials
 from ghostgrad.errors import ConfigurationError
 
@@ -53,6 +63,17 @@ def test_more_trials_cost_more_and_one_is_not_free() -> None:
     costs = [tuned_epsilon(_run(), 1e-5, mean_trials=mean) for mean in (2, 10, 50)]
     assert once < costs[0] < costs[1] < costs[2] < 5 * once
     assert tuned_epsilon(RDPAccountant(), 1e-5, mean_trials=5) == 0.0
+
+
+@pytest.mark.filterwarnings("ignore::ghostgrad.accounting.AccountingWarning")
+@pytest.mark.parametrize("neighbouring", ["add-or-remove-one", "replace-one"])
+def test_delta_of_epsilon_of_several_tuned_runs_is_at_most_delta(neighbouring: Any) -> None:
+    """Their Renyi curves have several valleys: the orders that gave epsilon were not looked at for delta."""
+    accountant = RDPAccountant(neighbouring)
+    run = PoissonSampled(0.00038969122074661137, Laplace(0.21031726491613129))
+    accountant.record(BestOf(run, math.inf, 18.299), 5)
+    for delta in (1e-10, 1e-30, 1e-60, 1e-100):
+        assert accountant.get_delta(accountant.get_epsilon(delta)) <= delta
 
 
 def test_impossible_tuning_is_refused() -> None:

@@ -16,6 +16,10 @@ from ghostgrad.accounting.rdp import RDPAccountant, finite_share, readable_other
 
 Answer = tuple[float, float, str]
 
+_LEAST_DELTA = (
+    1e-300  # below, floats have fewer digits, and only the Renyi bound, which works with logarithms, keeps them
+)
+
 
 class PLDAccountant(EitherNeighbour):
     """Epsilon from the distribution of the privacy loss.
@@ -99,7 +103,7 @@ class PLDAccountant(EitherNeighbour):
 
     def _solve(self, releases: Releases, delta: float, whole: float, with_lower: bool) -> Answer:
         """Lower and upper bounds of epsilon; 0 and infinity where only the Renyi bound can answer."""
-        exact = closed_form(releases)
+        exact = closed_form(releases) if delta >= _LEAST_DELTA else None
         if exact is not None:
             return (*exact.epsilon(delta), exact.name)
         line = contour(releases, delta)

@@ -20,7 +20,7 @@ from ghostgrad.accounting._curves import (
     total_curve,
 )
 from ghostgrad.accounting.base import AccountingWarning, EitherNeighbour
-from ghostgrad.accounting.events import Event, FixedSizeSampled, Gaussian, Laplace, Opaque, samples_poisson
+from ghostgrad.accounting.events import BestOf, Event, FixedSizeSampled, Gaussian, Laplace, Opaque, samples_poisson
 from ghostgrad.accounting.ledger import Ledger
 from ghostgrad.errors import ConfigurationError
 
@@ -185,8 +185,8 @@ class RDPAccountant(EitherNeighbour):
             return 1.0
         logs = log_delta_curve(orders, curve, epsilon)
         best = float(logs.min())
-        falling = curve[-1] / (orders[-1] - 1.0) < curve[-2] / (orders[-2] - 1.0)  # so do divergences of `BestOf`
-        if falling or int(np.argmin(logs)) == len(orders) - 1:
+        tuned = any(isinstance(event, BestOf) for event in self.ledger.others())  # those curves have several valleys
+        if tuned or int(np.argmin(logs)) == len(orders) - 1:
             orders_more, curve_more, _ = self._curve(True)
             best = min(best, float(log_delta_curve(orders_more, curve_more, epsilon).min()))
         best = min(best, log_total_variation(orders, curve), 0.0)
