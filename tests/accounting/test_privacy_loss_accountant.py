@@ -297,6 +297,14 @@ def test_round_off_is_within_what_is_allowed_for_it() -> None:
     assert total.rounding(0.5, hidden=False) < 1e-12 * gaussian_delta(0.5, 0.5)
 
 
+def test_nothing_is_confirmed_where_the_renyi_bound_proves_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A contour is read to 1e-8 of the moments: of an epsilon of 0 it says 1e-9, and delta was read again and again."""
+    accountant = PLDAccountant()
+    accountant.step(noise_multiplier=5.0523881915124775, sample_rate=21 / 29227825358, steps=885_073_268)
+    monkeypatch.setattr(accountant, "_solve_delta", lambda *_: pytest.fail("delta was read"))
+    assert accountant.get_epsilon(8.68e-4) == 0.0
+
+
 def test_method_of_a_plain_answer_is_named_and_prv_is_the_same() -> None:
     accountant, other = PLDAccountant(), PRVAccountant()
     for held in (accountant, other):
