@@ -124,6 +124,16 @@ def test_fixed_size_sample_has_the_closed_form_of_its_dominating_pair() -> None:
         assert exact <= Convolution((composition,)).delta(epsilon)[1] <= exact * 1.01
 
 
+@pytest.mark.parametrize("sigma", [0.15, 0.26128, 1.0])
+@pytest.mark.parametrize("standard", [5.0, 7.55, 9.0])
+def test_delta_of_one_release_far_out_is_above_the_truth(sigma: float, standard: float) -> None:
+    """The largest losses count there: the window ended where the pilot's last cells have their middles."""
+    composition = Composition(((Sampled(GaussianBase(sigma), 1.0), 1),))
+    epsilon = (0.5 / sigma + standard) / sigma
+    exact = gaussian_delta(epsilon, 1.0 / sigma)
+    assert exact <= Convolution((composition,)).delta(epsilon)[1] <= exact * (1.0 + 1e-3)
+
+
 def test_contour_and_convolution_agree() -> None:
     releases = _solvers.sort_releases({(0.02, 1.5): 700, (0.1, 3.0): 40}, {Gaussian(6.0): 2}, False)
     line, mesh = _solvers.contour(releases), _solvers.convolution(releases, 1e-4)

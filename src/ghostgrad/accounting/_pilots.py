@@ -39,11 +39,14 @@ class Composition:
         """The number of releases."""
         return sum(count for _, count in self.pairs)
 
-    def table(self, tail: float, h: float = 0.0) -> Array:
-        """``K(s)`` on the grid of tilts, from coarse graded meshes of the truncated losses; with ``h``, that of a mesh."""
+    def table(self, tail: float, h: float | None = None) -> Array:
+        """``K(s)`` on the grid of tilts, from coarse graded meshes of the truncated losses: nowhere above the truth.
+
+        With ``h`` nowhere below it, for losses that a mesh of this width has moved; 0 for those that none has.
+        """
         return _table(self, tail, h)
 
-    def fresh_table(self, tail: float, h: float = 0.0) -> Array:
+    def fresh_table(self, tail: float, h: float | None = None) -> Array:
         """`table` without the memory of earlier ones."""
         total = np.zeros(len(GRID))
         for pair, count in self.pairs:
@@ -64,21 +67,25 @@ class Composition:
         return total
 
 
-def _log_tilted(cells: Array, h: float) -> Array:
-    """``log E exp(s X)`` for every tilt s and cell: of its middle, or of where a mesh of width ``h`` moves that.
+def _log_tilted(cells: Array, h: float | None) -> Array:
+    """``log E exp(s X)`` for every tilt s and cell of losses X with ``E exp(-X) = exp(-middle)``: the least, or the most.
 
-    It moves to the ends of its interval with ``E exp(-X)`` kept. Of a cell in several intervals it is known that X is within
-    h, so that ``log E exp(s X)`` grows by at most ``s (s + 1) h^2 / 8`` (Hoeffding's lemma at s and at -1) and ``s h``.
+    In an interval of width w it is at most ``s (s + 1) w^2 / 8`` above ``s middle`` (Hoeffding's lemma at s and at -1), and at
+    most that of the upper end. A mesh moves X to the ends of its intervals, which is known exactly for a cell inside one.
     """
     first, middle, last = cells.T
     plain: Array = np.multiply.outer(GRID, middle)
-    if h == 0.0:
+    if h is None:
         return plain
+    column = GRID[:, None]
+    widened: Array = plain + column * np.minimum((column + 1.0) * (last - first) ** 2 / 8.0, last - middle)
+    if h == 0.0:
+        return widened
     below = np.floor(first / h) * h
     share = np.clip(np.expm1(below - middle) / math.expm1(-h), 0.0, 1.0)
-    rise = np.expm1(np.minimum(GRID * h, 600.0))[:, None]
-    moved = np.multiply.outer(GRID, below) + np.log1p(rise * share) + np.maximum(GRID * h - 600.0, 0.0)[:, None]
-    return np.asarray(np.where(last <= below + h, moved, plain + _most_rise(h)[:, None]))
+    rise = np.log1p(np.expm1(np.minimum(column * h, 600.0)) * share) + np.maximum(column * h - 600.0, 0.0)
+    moved = np.multiply.outer(GRID, below) + rise
+    return np.asarray(np.where(last <= below + h, moved, widened + _most_rise(h)[:, None]))
 
 
 def _most_rise(h: float) -> Array:
@@ -86,7 +93,7 @@ def _most_rise(h: float) -> Array:
 
 
 @lru_cache(maxsize=64)
-def _table(composition: Composition, tail: float, h: float) -> Array:
+def _table(composition: Composition, tail: float, h: float | None) -> Array:
     """The tables do not depend on where the curve is read: many readings share them."""
     table = composition.fresh_table(tail, h)
     table.setflags(write=False)
@@ -134,7 +141,8 @@ def pilot_at_delta(composition: Composition, delta: float) -> Pilot:
     """Look for epsilon at ``delta``."""
     tail = TAIL * delta / composition.steps
     curve = composition.table(tail)
-    at, epsilon = saddle_at_delta(GRID, curve, math.log(delta))
+    at, _ = saddle_at_delta(GRID, curve, math.log(delta))
+    _, epsilon = saddle_at_delta(GRID, composition.table(tail, 0.0), math.log(delta))
     return Pilot(composition, curve, at, epsilon, math.log(delta), tail)
 
 
@@ -161,7 +169,8 @@ def pilot_with_tail(composition: Composition, epsilon: float, expected: float) -
     """Look with the tail that suits a delta of ``expected``."""
     tail = 0.5 * TAIL * expected / composition.steps
     curve = composition.table(tail)
-    at, bound = saddle_at_epsilon(GRID, curve, epsilon)
+    at, _ = saddle_at_epsilon(GRID, curve, epsilon)
+    _, bound = saddle_at_epsilon(GRID, composition.table(tail, 0.0), epsilon)
     return Pilot(composition, curve, at, epsilon, bound, tail)
 
 
@@ -175,7 +184,8 @@ def mesh_for(pilot: Pilot, centre: float, excess: float, largest: int = LARGEST)
     spans = [(pair.span(tail), count) for pair, count in composition.pairs]
     at = pilot.at if centre == pilot.epsilon else saddle_at_epsilon(GRID, curve, centre)[0]
     at = _narrowest(curve, at, centre)
-    low, high = plain = _window(curve, curve, at)
+    unmoved = composition.table(tail, 0.0)
+    low, high = plain = _window(curve, unmoved, at)
     least, most = (sum(count * span[side] for span, count in spans) for side in (0, 1))
     tilt, steps = float(GRID[at]), composition.steps
     h = math.sqrt(12.0 * excess / (steps * (tilt + 1.0)))
@@ -184,7 +194,7 @@ def mesh_for(pilot: Pilot, centre: float, excess: float, largest: int = LARGEST)
     widest = max(min(high, most) - max(low, least), *(span[1] - span[0] for span, _ in spans))
     h = 2.0 ** max(math.floor(math.log2(h)), math.ceil(math.log2(widest / largest)))
     for _ in range(64):
-        low, high = _window(curve, curve + steps * _most_rise(h), at)
+        low, high = _window(curve, unmoved + steps * _most_rise(h), at)
         if high - low > 1.1 * (plain[1] - plain[0]):
             low, high = _window(curve, composition.table(tail, h), at)
         low, high = min(low, -1e-3 * centre), max(high, centre * 1.01)
