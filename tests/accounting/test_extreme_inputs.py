@@ -90,6 +90,16 @@ def test_the_renyi_bound_answers_where_contours_are_at_their_end() -> None:
     assert accountants[1].get_epsilon(2.4e-11) <= accountants[0].get_epsilon(2.4e-11) < math.inf
 
 
+@pytest.mark.parametrize("kind", [RDPAccountant, PLDAccountant])
+def test_a_delta_within_rounding_of_the_failure_mass_costs_the_pure_epsilon(kind: Callable[[], Any]) -> None:
+    accountant = kind()
+    accountant.record(Opaque(0.005, 0.6559229491176292), 31)
+    delta = accountant.get_delta(1e4)
+    for _ in range(4):
+        assert accountant.get_epsilon(delta) == pytest.approx(31 * 0.005, rel=1e-9)
+        delta = math.nextafter(delta, 1.0)
+
+
 @pytest.mark.parametrize(("event", "least"), [(Gaussian(1.0), 38.0), (PoissonSampled(0.5, Gaussian(7.1656)), 4.6)])
 def test_the_smallest_float_as_delta_is_read_by_logarithms(event: Event, least: float) -> None:
     accountants = [RDPAccountant(), PLDAccountant()]

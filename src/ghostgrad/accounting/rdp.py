@@ -148,10 +148,10 @@ class RDPAccountant(EitherNeighbour):
         if not np.isfinite(curve).any() or delta <= infinite:
             return (worst if delta >= infinite else math.inf), math.nan
         delta = finite_share(delta, infinite)
-        if log_total_variation(orders, curve) <= math.log(delta):
-            return 0.0, math.nan
         if delta <= 0.0:
             return worst, math.nan
+        if log_total_variation(orders, curve) <= math.log(delta):
+            return 0.0, math.nan
         epsilons = epsilon_curve(orders, curve, delta)
         best = int(np.argmin(epsilons))
         last = best == len(orders) - 1
