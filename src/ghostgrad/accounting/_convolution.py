@@ -182,9 +182,8 @@ class Convolution:
         return composition.steps * mesh.h**2 / 8.0 + mesh.h * math.sqrt(composition.steps * -math.log(miss) / 2.0)
 
     def _lower(self, composition: Composition, mesh: Mesh, total: Total, delta: float) -> float:
-        miss = (
-            1e-3 * delta
-        )  # and at most as much again for the low tails that were moved up to the mesh, and for round-off
+        # At most as much again is missed by the low tails that were moved up to the mesh, and by round-off.
+        miss = 1e-3 * delta
         epsilon = total.epsilon(delta + 3.0 * miss + total.infinite)
         if total.rounding(epsilon, hidden=False) > miss:
             return 0.0

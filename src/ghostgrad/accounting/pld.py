@@ -16,10 +16,11 @@ from ghostgrad.accounting.rdp import RDPAccountant, finite_share, readable_other
 
 Answer = tuple[float, float, str]
 
-_SMALL = 1e-4  # an epsilon at which the Renyi bound may well be 0, which saves looking closer
-_LEAST_DELTA = (
-    1e-300  # below, floats have fewer digits, and only the Renyi bound, which works with logarithms, keeps them
-)
+_SMALL = 1e-4
+"""An epsilon at which the Renyi bound may well be 0, which saves looking closer."""
+
+_LEAST_DELTA = 1e-300
+"""Below, floats have fewer digits; only the Renyi bound, which works with logarithms, keeps them."""
 
 
 class PLDAccountant(EitherNeighbour):
@@ -116,11 +117,8 @@ class PLDAccountant(EitherNeighbour):
                 below = other.epsilon(delta) if other is not None else None
                 lower = below[0] if below is not None else 0.0
             cap = self._renyi_bound(whole)[0] if upper < _SMALL else math.inf
-            return (
-                lower,
-                _confirmed(lambda epsilon: self._solve_delta(releases, epsilon)[1], upper, delta, cap),
-                line.name,
-            )
+            upper = _confirmed(lambda epsilon: self._solve_delta(releases, epsilon)[1], upper, delta, cap)
+            return lower, upper, line.name
         mesh = convolution(releases, self._tolerance, delta, self._largest)
         if mesh is None:
             return 0.0, math.inf, "none"
