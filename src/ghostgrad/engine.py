@@ -321,7 +321,8 @@ class PrivacyEngine:
 
     def _journal(self, plan: SessionPlan) -> Journal:
         return Journal(
-            self._spent, self._ledger, plan.topology, number=plan.number, relation=plan.spending.guarantee,
+            self._spent, self._ledger, plan.topology, number=plan.number,
+            provenance=plan.provenance(self._key, secure=self.secure_mode),
             settings={"max_grad_norm": plan.bound, "clipping": plan.function.name, "sample_rate": plan.sample_rate},
             watched=self._writes_ledger,
         )  # fmt: skip
@@ -427,8 +428,9 @@ class PrivacyEngine:
         setup.check_flags(not_private=not_private)
         return make_report(
             accountant=self.accountant,
-            trainings=[*self._ended, *map(self._facts, self._sessions)],
+            trainings=[*self._ended, *map(training_facts, self._sessions)],
             steps=self.steps,
+            made=self._spent.provenance,
             guarantee=self.guarantee,
             budget=None if self._budget is None else (self._budget.target_epsilon, self._budget.target_delta),
             deltas=deltas,
@@ -437,9 +439,6 @@ class PrivacyEngine:
             statements=statements,
             not_private=seen_of_records(self.explain(), self.not_finite) if not_private else None,
         )
-
-    def _facts(self, session: Session) -> dict[str, Any]:
-        return training_facts(session, seeded=self._key.seeded, secure=self.secure_mode)
 
     def check(
         self,
@@ -748,7 +747,7 @@ class PrivacyEngine:
     def detach(self) -> None:
         """End private training: hooks go, the original optimizers step again. What was spent stays spent."""
         for session in self._sessions:
-            self._ended.append(self._facts(session))
+            self._ended.append(training_facts(session))
             session.close()
         self._sessions.clear()
 

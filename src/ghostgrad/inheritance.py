@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
 from ghostgrad.distributed import Topology
-from ghostgrad.ledger import LedgerFile
-from ghostgrad.spent import Spent, part
+from ghostgrad.ledger import LedgerFile, LedgerText
+from ghostgrad.provenance import Provenance
+from ghostgrad.spent import Made, Spent, part
 
 
 def open_ledger(path: str | os.PathLike[str], spent: Spent, topology: Topology) -> tuple[LedgerFile | None, list[str]]:
@@ -21,13 +23,30 @@ def open_ledger(path: str | os.PathLike[str], spent: Spent, topology: Topology) 
         file = LedgerFile(path, spent.accountant.neighbouring) if topology.rank == 0 else None
     topology.agree({})
     earlier = spent.accountant.ledger.steps
-    found = topology.collect(None if file is None else (file.text.ledger, file.text.spans, file.text.guarantees))[0]
+    text = None if file is None else file.text
+    told = None if text is None else (text.ledger, text.spans, made_in(text), text.guarantees)
+    found = topology.collect(told)[0]
     if found is not None:
-        spent.merge(*found[:2])
+        spent.merge(*found[:3])
     if file is not None and earlier:
         file.record(part(spent.accountant.ledger, 0, earlier), run=spent.run)
     spent.written = spent.accountant.ledger.steps
-    return file, [] if found is None else found[2]
+    return file, [] if found is None else found[3]
+
+
+def made_in(text: LedgerText) -> Made:
+    """How the releases of its trainings were made; unknown where it says two things of one training."""
+    releases = Counter[tuple[str, int | None]]()
+    for entry in text.entries:
+        releases[entry.run, entry.training] += sum(count for _, count in entry.events)
+    found: Made = {}
+    for entry in text.entries:
+        if entry.kind == "training" and entry.training is not None:
+            training = (entry.run, entry.training)
+            said = Provenance.read({**entry.settings, "guarantee": entry.guarantee})
+            known, _ = found.get(training, (said, 0))
+            found[training] = (said if said == known else Provenance(), releases[training])
+    return found
 
 
 def place_in(file: LedgerFile | None) -> dict[str, Any] | None:

@@ -13,10 +13,12 @@ from ghostgrad.accounting import Accountant, Gaussian, Ledger, PoissonSampled
 from ghostgrad.distributed import Topology, local
 from ghostgrad.errors import LedgerError, PrivacyError
 from ghostgrad.ledger import LedgerFile
+from ghostgrad.provenance import Provenance
 from ghostgrad.spent import Spent, part
 
 Release = tuple[float, float, int]
 """Noise multiplier, sample rate, and how many times."""
+_UNKNOWN = Provenance()
 
 
 class Journal:
@@ -31,7 +33,8 @@ class Journal:
         file: where it is written down; None without a ledger file, and on all ranks but the first.
         topology: the ranks.
         number: of the training within its engine.
-        relation, settings: public facts for the file.
+        provenance: how its releases are made.
+        settings: further public facts for the file.
         watched: whether some rank has a file, whose failure has to be told to the others.
     """
 
@@ -42,13 +45,14 @@ class Journal:
         topology: Topology,
         *,
         number: int = 0,
-        relation: str = "",
+        provenance: Provenance = _UNKNOWN,
         settings: Mapping[str, Any] | None = None,
         watched: bool = False,
     ) -> None:
         self._spent, self._file, self._topology, self._watched = spent, file, topology, watched
-        self._number, self._relation, self._settings = number, relation, dict(settings or {})
+        self._number, self._settings = number, dict(settings or {})
         self._told: str | None = None
+        self.provenance = provenance
         self.begins_with: str | None = None
         """`digest` of the parameters with which the next step has to be taken; None for any."""
         self.made: dict[int, str] = {}
@@ -74,6 +78,7 @@ class Journal:
         """Count a release that is about to be made."""
         for sigma, rate, steps in releases:
             accountant.step(noise_multiplier=sigma, sample_rate=rate, steps=steps)
+            self._spent.tell(self._number, self.provenance, steps)
 
     def close(self, releases: Sequence[Release], gradients: Iterable[Tensor], step: int) -> None:
         """The release is ready and the parameters change next: it is written down, or shown to be the one that was made.
@@ -112,7 +117,8 @@ class Journal:
     def _write(self, file: LedgerFile, releases: Sequence[Release], found: str, step: int) -> None:
         spent, ledger = self._spent, self._spent.accountant.ledger
         if self._told != spent.run:
-            file.training(run=spent.run, number=self._number, relation=self._relation, settings=self._settings)
+            facts = {**self._settings, **self.provenance.plain()}
+            file.training(run=spent.run, number=self._number, relation=facts.pop("guarantee"), settings=facts)
             self._told = spent.run
         events = [(PoissonSampled(rate, Gaussian(sigma)), count) for sigma, rate, count in releases]
         catch_up(file, spent, ledger, ledger.steps - sum(count for _, count in events))

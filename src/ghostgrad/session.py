@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import nn
@@ -19,6 +19,7 @@ from ghostgrad.journal import Journal
 from ghostgrad.keys import RunKey
 from ghostgrad.noise import GeneratorGaussian, KeyedGaussian, NoiseMechanism
 from ghostgrad.optimizer import DPOptimizer
+from ghostgrad.provenance import UNKNOWN, Provenance
 from ghostgrad.recording import Delivery, Recorder
 from ghostgrad.sampling import DPDataLoader
 from ghostgrad.schedulers import Schedule, value_at
@@ -71,6 +72,21 @@ class SessionPlan:
             return None
         feed = self.loader.feed
         return lambda: Delivery(feed.delivered, feed.records, feed.logical_batch, feed.last, feed.epoch)
+
+    def provenance(self, key: RunKey, *, secure: bool) -> Provenance:
+        """How its releases are made, with noise of that key where it is not of a generator of the user's."""
+        poisson = self.loader is not None and self.loader.poisson_sampling
+        return Provenance(
+            guarantee=self.spending.guarantee,
+            sampler="poisson" if poisson else UNKNOWN if self.loader is None else "own batches",
+            noise=self.noise.name,
+            secure=secure,
+            seeded=self.seeded(key),
+        )
+
+    def seeded(self, key: RunKey) -> bool | str:
+        """Whether a seed determines the noise."""
+        return True if key.seeded else UNKNOWN if isinstance(self.noise, GeneratorGaussian) else False
 
     def facts(self) -> dict[str, object]:
         """What must be the same on all ranks: data, arguments, optimizer and model."""
@@ -159,6 +175,8 @@ class Session:
     def rekey(self, key: RunKey) -> None:
         """Draw noise and batches from the key of a run, of which this training is one."""
         own = RunKey(key.derive("session", self.plan.number), seeded=key.seeded)
+        journal = self.optimizer.journal
+        journal.provenance = replace(journal.provenance, seeded=self.plan.seeded(key))
         if isinstance(self.plan.noise, KeyedGaussian):
             self.plan.noise.rekey(own)
         if self.loader is not None:

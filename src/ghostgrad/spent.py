@@ -7,9 +7,12 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 
 from ghostgrad.accounting import Accountant, Event, Ledger
+from ghostgrad.provenance import Provenance
 
 Span = tuple[str, int, int]
 """A run's name, with how many releases and how many logical steps of it come next in the ledger."""
+Made = dict[tuple[str, int], tuple[Provenance, int]]
+"""By run and number of a training in it: how its releases were made, and how many."""
 
 
 class Spent:
@@ -35,6 +38,8 @@ class Spent:
         """Logical steps made, of all runs."""
         self.written = 0
         """How many releases of the ledger are in the ledger file."""
+        self.made: Made = {}
+        """How releases were made, as far as it is known."""
         self._closed: list[Span] = []
 
     @property
@@ -49,8 +54,30 @@ class Spent:
         """What is released from now on belongs to ``run``."""
         self._closed, self.run = self.spans, run
 
-    def merge(self, ledger: Ledger, spans: Iterable[Span]) -> None:
-        """Add the releases that are not known yet."""
+    def tell(self, training: int, provenance: Provenance, releases: int) -> None:
+        """How further releases are made, by a training of the run that goes on."""
+        _, before = self.made.get((self.run, training), (provenance, 0))
+        self._told((self.run, training), provenance, before + releases)
+
+    def _told(self, training: tuple[str, int], provenance: Provenance, releases: int) -> None:
+        known, before = self.made.get(training, (provenance, 0))
+        # Of one training two sources say the same, or one of them is wrong.
+        self.made[training] = (known if known == provenance else Provenance(), max(before, releases))
+
+    @property
+    def provenance(self) -> dict[Provenance, int]:
+        """How many releases were made in which way; those of `Provenance()` are the ones of which nothing is known."""
+        found, untold = Counter[Provenance](), Counter[str]()
+        for run, releases, _ in self.spans:
+            untold[run] += releases
+        for (run, _), (provenance, releases) in self.made.items():
+            found[provenance] += releases
+            untold[run] -= releases
+        found[Provenance()] += (+untold).total()
+        return dict(+found)
+
+    def merge(self, ledger: Ledger, spans: Iterable[Span], made: Made | None = None) -> None:
+        """Add the releases that are not known yet, and how they were made."""
         self._closed = self.spans
         known: Counter[str] = Counter()
         known_steps: Counter[str] = Counter()
@@ -67,6 +94,8 @@ class Spent:
                 self._closed.append((run, new, new_steps))
             self.steps += new_steps
             begin += releases
+        for training, (provenance, told) in (made or {}).items():
+            self._told(training, provenance, told)
 
 
 def part(ledger: Ledger, begin: int, end: int) -> Iterator[tuple[Event, int]]:

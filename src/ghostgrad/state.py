@@ -19,6 +19,7 @@ from ghostgrad.journal import digest
 from ghostgrad.keys import RunKey
 from ghostgrad.ledger import LedgerFile
 from ghostgrad.noise import GeneratorGaussian
+from ghostgrad.provenance import Provenance, is_provenance
 from ghostgrad.random_states import GLOBAL_STATES
 from ghostgrad.session import Session
 from ghostgrad.spending import Budget
@@ -63,6 +64,7 @@ def state_of(engine: Holder, *, keep_key: bool) -> dict[str, Any]:
         "accountant": spent.accountant.ledger.state_dict(),
         "opened": engine._opened,
         "guarantees": list(engine._guarantees),
+        "made": [[*training, how.plain(), count] for training, (how, count) in spent.made.items()],
         "ledger": place_in(engine._ledger),
         "plan": _engine_plan(engine),
         "trainings": [_training(session, secrets=keep_key) for session in engine._sessions],
@@ -140,6 +142,7 @@ _STATE = {
     "seeded": forms.is_bool, "run": forms.is_text, "steps": forms.is_count,
     "spans": [forms.row(forms.is_text, forms.is_count, forms.is_count)], "accountant": forms.is_table,
     "opened": forms.is_count, "guarantees": [forms.is_text],
+    "made": [forms.row(forms.is_text, forms.is_count, is_provenance, forms.is_count)],
     "ledger": forms.optional({"id": forms.is_text, "lines": forms.is_positive, "head": forms.is_text}),
     "plan": {"secure_mode": forms.is_bool, "budget": forms.optional(forms.row(forms.is_number, forms.is_number))},
     "trainings": [_TRAINING],
@@ -187,12 +190,11 @@ class Resumption:
     def apply(self, key: RunKey, run: str, made: Mapping[int, Mapping[int, str]]) -> None:
         """Take the state over, with the key and the run that all ranks go on with, and what that run has released."""
         engine, saved, spent = self.engine, self.state, self.engine._spent
-        if saved["seeded"] and saved["steps"]:
-            key = RunKey(key.secret, seeded=True)  # a part of what was released has the noise of a seed, whatever comes
         engine._key = key
         engine._opened = max(engine._opened, saved["opened"])
         engine._guarantees += [sentence for sentence in saved["guarantees"] if sentence not in engine._guarantees]
-        spent.merge(self.ledger, [(run, releases, steps) for run, releases, steps in saved["spans"]])
+        how = {(run, number): (Provenance(**told), count) for run, number, told, count in saved["made"]}
+        spent.merge(self.ledger, [(run, releases, steps) for run, releases, steps in saved["spans"]], how)
         spent.continue_run(run)
         for session, training, differ in zip(engine._sessions, saved["trainings"], self.differ, strict=True):
             session.rekey(key)

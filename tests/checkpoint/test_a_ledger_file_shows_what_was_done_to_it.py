@@ -141,6 +141,9 @@ def test_a_disk_that_takes_no_more_stops_the_steps_and_loses_none(tmp_path: Path
             assert read_ledger(path).ledger.steps == made
             train(module, optimizer, loader, steps=1)  # there is room again: the chain goes on
             assert read_ledger(path).ledger.steps == len(engine.accountant) == made + 2
+            assert (
+                engine.report(deltas=[1e-5]).holds == "yes"
+            )  # the release that was not made was prepared like the others
             engine._ledger.close()
 
     assert in_a_process(limited)

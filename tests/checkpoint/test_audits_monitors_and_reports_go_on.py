@@ -10,11 +10,12 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from ghostgrad import BatchMemoryManager, Monitor, PrivacyEngine
+from ghostgrad import BatchMemoryManager, Monitor, PrivacyEngine, PrivacyReport
 from ghostgrad.__main__ import main
+from ghostgrad.accounting import Gaussian, PoissonSampled
 from ghostgrad.audit import GradientCanaries, loss_score
-from ghostgrad.errors import CheckpointError, PrivacyError
-from ghostgrad.ledger import read_ledger
+from ghostgrad.errors import CheckpointError, ConfigurationError, PrivacyError
+from ghostgrad.ledger import LedgerFile, read_ledger
 from ghostgrad.ledger.__main__ import main as verify
 
 DATA = TensorDataset(torch.arange(72.0).view(24, 3) / 72, torch.arange(24) % 2)
@@ -23,20 +24,22 @@ DATA = TensorDataset(torch.arange(72.0).view(24, 3) / 72, torch.arange(24) % 2)
 class Run:
     """A private training with its own way to stop: what is not in the file is gone."""
 
-    def __init__(
-        self, *, accumulation: int = 1, limit: int | None = None, poisson_sampling: bool = True, **options: Any
-    ) -> None:
+    def __init__(self, *, limit: int | None = None, private: dict[str, Any] | None = None, **options: Any) -> None:
         torch.manual_seed(0)
         self.engine = PrivacyEngine(**options)
         self.limit = limit
-        self.open(nn.Linear(3, 2), accumulation, poisson_sampling)
+        self.open(nn.Linear(3, 2), **(private or {}))
 
-    def open(self, module: nn.Module, accumulation: int = 1, poisson_sampling: bool = True) -> Run:
+    def open(self, module: nn.Module, **private: Any) -> Run:
+        options = {
+            "data_loader": DataLoader(DATA, batch_size=6),
+            "noise_multiplier": 1.0,
+            "max_grad_norm": 1.0,
+            **private,
+        }
         self.module, self.optimizer, self.loader = self.engine.make_private(
-            module=module, optimizer=torch.optim.SGD(module.parameters(), lr=0.1),
-            data_loader=DataLoader(DATA, batch_size=6), noise_multiplier=1.0, max_grad_norm=1.0,
-            accumulation_steps=accumulation, poisson_sampling=poisson_sampling,
-        )  # fmt: skip
+            module=module, optimizer=torch.optim.SGD(module.parameters(), lr=0.1), **options
+        )
         return self
 
     @property
@@ -157,11 +160,11 @@ def _noise_of_the_next_step(run: Run) -> torch.Tensor:
 @pytest.mark.parametrize("exact", [True, False])
 def test_a_report_after_a_resume_counts_everything(exact: bool, ledger: bool, tmp_path: Path) -> None:
     options = {"ledger": tmp_path / "run.jsonl"} if ledger else {}
-    run = Run(accumulation=2, limit=2, **options)
+    run = Run(limit=2, private={"accumulation_steps": 2}, **options)
     path = run.train(3).save(tmp_path / "checkpoint")
     whole = run.train(4).engine.report(deltas=[1e-5]).data
     run.stop()
-    again = Run(accumulation=2, limit=2, **options).load(path, fresh_key=not exact).train(4)
+    again = Run(limit=2, private={"accumulation_steps": 2}, **options).load(path, fresh_key=not exact).train(4)
     report = again.engine.report(deltas=[1e-5])
     spent = 11 if ledger and not exact else 7
     assert report.data["releases"]["steps"] == again.engine.steps == spent
@@ -169,17 +172,17 @@ def test_a_report_after_a_resume_counts_everything(exact: bool, ledger: bool, tm
     training, expected = report.data["trainings"][0], whole["trainings"][0]
     assert training["steps"] == 7
     assert report.data["guarantee"] == whole["guarantee"]
-    # What was released after the checkpoint is of no training that goes on, so how it was made is said to be unknown.
-    assert report.holds == ("yes" if spent == 7 else "unknown")
-    assert ["4 of the 11 steps" in finding["statement"] for finding in report.data["findings"]] == [True] * (
-        spent == 11
-    )
+    # What was released after the checkpoint is of no training that goes on; the ledger file says how it was made.
+    (made,) = report.data["releases"]["made"]
+    assert (made["releases"], made["sampler"], made["secure"], made["seeded"]) == (spent, "poisson", False, False)
+    assert (report.holds, report.data["findings"]) == ("yes", [])
+    assert ("How the releases were made" in report.to_html()) is (spent == 11)
     if exact:
         assert training["sampling"] == expected["sampling"]
     path = tmp_path / "report.json"
     path.write_text(report.to_json())
     epsilon = again.engine.get_epsilon(1e-5)
-    check = ["report", "check", str(path), "--accept", "carried-over", "--max-epsilon"]
+    check = ["report", "check", str(path), "--max-epsilon"]
     assert main([*check, f"{epsilon * 1.01}"]) == 0
     assert main([*check, f"{epsilon * 0.9}"]) == 1
 
@@ -239,23 +242,124 @@ def test_a_second_training_of_an_engine_is_saved_and_the_first_stays_spent(ledge
     assert len(again.engine.accountant) == again.engine.steps
     report = again.engine.report(deltas=[1e-5])
     assert report.data["releases"]["steps"] == again.engine.steps
-    assert report.holds == "unknown"
+    assert sum(made["releases"] for made in report.data["releases"]["made"]) == again.engine.steps
+    assert report.holds == "yes"
+    assert "How the releases were made" in report.to_markdown()  # the first training is told of nowhere else
     if ledger:
         assert read_ledger(tmp_path / "run.jsonl").ledger.steps == 9
 
 
-def test_a_report_remembers_that_a_part_was_seeded(tmp_path: Path) -> None:
+BY_HAND = {"data_loader": None, "sample_rate": 0.3, "expected_batch_size": 6.0}
+GENERATOR = {"noise_generator": torch.Generator().manual_seed(0)}
+
+
+@pytest.mark.parametrize(
+    ("before", "options", "codes", "holds"),
+    [
+        ({}, {}, [], "yes"),
+        ({"seed": 1}, {}, ["seeded"], "no"),
+        ({}, GENERATOR, ["noise-generator"], "unknown"),
+        ({}, BY_HAND, ["user-sampled"], "unknown"),
+        ({}, {"poisson_sampling": False}, ["not-amplified"], "yes"),
+    ],
+    ids=["poisson", "seeded", "generator", "by hand", "own batches"],
+)
+def test_a_report_says_what_the_ledger_file_tells_of_a_process_that_ended(
+    before: dict[str, Any], options: dict[str, Any], codes: list[str], holds: str, tmp_path: Path
+) -> None:
+    first = Run(ledger=tmp_path / "run.jsonl", private=options, **before)
+    if first.loader is None:
+        for _ in range(3):
+            first.optimizer.step()
+            first.optimizer.zero_grad()
+    else:
+        first.train(3)
+    first.stop()
+    again = Run(ledger=tmp_path / "run.jsonl").train(2)
+    report = again.engine.report(deltas=[1e-5])
+    assert report.holds == holds
+    assert [finding["code"] for finding in report.data["findings"]] == codes
+    data = report.data
+    del data["releases"]["made"][0]
+    with pytest.raises(ConfigurationError, match="carried-over"):
+        PrivacyReport.from_data(data)
+
+
+@pytest.mark.parametrize("lacking", ["settings", "one setting", "agreement", "steps"])
+def test_a_ledger_file_that_does_not_tell_all_leaves_the_steps_unknown(lacking: str, tmp_path: Path) -> None:
+    file = LedgerFile(tmp_path / "run.jsonl", "add-or-remove-one")
+    settings = {"sampler": "poisson", "noise": "keyed", "secure": False, "seeded": False}
+    told = {"settings": {}, "one setting": {**settings, "seeded": "no"}}.get(lacking, settings)
+    file.training(run="a", number=0, relation="", settings=told)
+    events = [(PoissonSampled(0.1, Gaussian(1.0)), 1)]
+    file.release(events, run="a", training=0, step=1, digest="")
+    if lacking == "agreement":
+        file.training(run="a", number=0, relation="", settings={**settings, "noise": "another"})
+    if lacking == "steps":
+        file.record(events, run="a", steps=1)  # taken over from a checkpoint that the file had not seen
+    file.close()
+    again = Run(ledger=tmp_path / "run.jsonl").train(2)
+    report = again.engine.report(deltas=[1e-5])
+    (finding,) = report.data["findings"]
+    assert (finding["code"], report.holds) == ("carried-over", "unknown")
+    assert f"1 of the {again.engine.steps} releases" in finding["statement"]
+    report.save(tmp_path / "report.json")
+    check = ["report", "check", str(tmp_path / "report.json"), "--max-epsilon", "1000"]
+    assert main(check) == 1
+    assert main([*check, "--accept", "carried-over"]) == 0
+
+
+@pytest.mark.parametrize("exact", [True, False])
+def test_a_report_remembers_that_a_part_was_seeded(exact: bool, tmp_path: Path) -> None:
     path = Run(seed=1).train(2).save(tmp_path / "checkpoint")
-    again = Run().load(path, fresh_key=True).train(1)
+    again = Run(ledger=tmp_path / "run.jsonl").load(path, fresh_key=not exact).train(1)
     assert again.engine.report(deltas=[1e-5]).holds == "no"
     path = again.save(tmp_path / "checkpoint")
-    assert Run().load(path, fresh_key=True).train(1).engine.report(deltas=[1e-5]).holds == "no"
+    again.stop()
+    without = Run().load(path, acknowledge=["ledger"], fresh_key=True).train(1)
+    assert without.engine.report(deltas=[1e-5]).holds == "no"
+    from_file = Run(ledger=tmp_path / "run.jsonl").train(1).engine.report(deltas=[1e-5])
+    assert from_file.holds == ("no" if exact else "unknown")  # the file was told of the two before it without how
+
+
+@pytest.mark.parametrize("change", [{"sampler": "shuffled"}, {"seeded": "no"}, {"noise": 1}, {"more": 1}])
+def test_a_state_that_tells_something_else_is_refused(change: dict[str, Any]) -> None:
+    run = Run().train(1)
+    state = run.engine.state_dict()
+    state["made"][0][2] |= change
+    with pytest.raises(CheckpointError, match="made"):
+        Run().engine.load_state_dict(state)
+
+
+def test_a_report_remembers_that_a_part_had_noise_of_another_source(tmp_path: Path) -> None:
+    path = Run(private=GENERATOR).train(2).save(tmp_path / "checkpoint")
+    again = Run().load(path, acknowledge=["noise"]).train(1)
+    report = again.engine.report(deltas=[1e-5])
+    assert [(made["releases"], made["seeded"]) for made in report.data["releases"]["made"]] == [
+        (2, "unknown"),
+        (1, False),
+    ]
+    assert report.holds == "unknown"
+    assert "torch generator" in report.to_html()
+
+
+def test_steps_of_which_nothing_is_known_stay_so_beside_others_that_are_counted_twice(tmp_path: Path) -> None:
+    file = LedgerFile(tmp_path / "run.jsonl", "add-or-remove-one")
+    file.record([(PoissonSampled(0.1, Gaussian(1.0)), 2)], run="a", steps=2)
+    file.close()
+    path = Run().train(2).save(tmp_path / "checkpoint")
+    again = Run(ledger=tmp_path / "run.jsonl").load(path)
+    again.engine.detach()  # and the same two steps once more:
+    report = again.open(nn.Linear(3, 2)).load(path).engine.report(deltas=[1e-5])
+    assert [training["steps"] for training in report.data["trainings"]] == [2, 2]
+    assert report.data["releases"]["steps"] == 4
+    assert report.holds == "unknown"
 
 
 @pytest.mark.parametrize("ledger", [False, True])
 def test_batches_that_were_not_sampled_stay_known(ledger: bool, tmp_path: Path, capsys: Any) -> None:
     options = {"ledger": tmp_path / "run.jsonl"} if ledger else {}
-    run = Run(poisson_sampling=False, **options).train(2)
+    run = Run(private={"poisson_sampling": False}, **options).train(2)
     path = run.save(tmp_path / "checkpoint")
     run.stop()
     again = Run(**options)

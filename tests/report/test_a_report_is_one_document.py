@@ -155,6 +155,7 @@ def test_what_is_no_text_is_refused(value: Any) -> None:
         {"holds": "yes", "findings": []},
         {"holds": "no"},
         {"findings": [{"code": "fine", "effect": "other", "statement": "All is well."}], "holds": "yes"},
+        {"findings": [{**finding, "effect": "other"} for finding in EXAMPLE["findings"]], "holds": "yes"},
     ],
 )
 def test_a_verdict_that_the_facts_deny_is_refused(change: dict[str, Any]) -> None:

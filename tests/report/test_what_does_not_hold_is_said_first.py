@@ -142,7 +142,16 @@ def test_a_ledger_that_was_loaded(train: Train) -> None:
     engine.accountant.load_state_dict(train().accountant.state_dict())
     report = engine.report(deltas=[1e-5])
     assert codes(report, "assumed") == ["carried-over"]
-    said_before_the_claim(report, "made elsewhere and loaded")
+    said_before_the_claim(report, "3 of the 3 releases in the ledger were made elsewhere")
+
+
+def test_a_gaussian_release_that_was_recorded_by_hand(train: Train) -> None:
+    """It looks like one of the training's, and no training of the library made it."""
+    engine = train()
+    engine.accountant.step(noise_multiplier=1.0, sample_rate=1.0)
+    report = engine.report(deltas=[1e-5])
+    assert codes(report, "assumed") == ["carried-over"]
+    said_before_the_claim(report, "1 of the 4 releases in the ledger were made elsewhere")
 
 
 def test_nothing_released_yet(train: Train) -> None:

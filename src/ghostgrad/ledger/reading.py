@@ -33,6 +33,7 @@ class Entry:
         digest: of the released gradient; empty but in ``"release"``.
         steps: logical steps that it stands for.
         guarantee: for which neighbouring datasets, under which sampling, a training is accounted; empty but in ``"training"``.
+        settings: public facts of a training; empty but in ``"training"``.
     """
 
     line: int
@@ -44,6 +45,7 @@ class Entry:
     digest: str = ""
     steps: int = 0
     guarantee: str = ""
+    settings: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass
@@ -203,7 +205,12 @@ def _entry(plain: Mapping[str, Any], number: int, known: dict[str, Event]) -> En
     if kind == "recorded":
         return Entry(number, kind, run, tuple(_events(plain["events"], known)), steps=_count(plain["steps"]))
     if kind == "training":
-        return Entry(number, kind, run, (), _count(plain["training"]), guarantee=_text(plain["relation"]))
+        settings = plain["settings"]
+        if not isinstance(settings, dict):
+            raise TypeError("settings are no table")
+        return Entry(
+            number, kind, run, (), _count(plain["training"]), guarantee=_text(plain["relation"]), settings=settings
+        )
     raise ValueError(f"kind {kind!r:.40}")
 
 

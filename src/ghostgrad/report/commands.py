@@ -143,7 +143,8 @@ def _contradictions(data: dict[str, Any]) -> Iterator[str]:
     held = {found.mechanism: found for found in again(data)}
     if not held:
         return
-    if releases(next(iter(held.values())).ledger, data["releases"]["steps"]) != data["releases"]:
+    said = data["releases"]
+    if releases(next(iter(held.values())).ledger, said["steps"], said["made"]) != said:
         yield "what the report says of its releases does not follow from its ledger."
     for row in data["epsilon"]:
         if row["bound"] and row["accountant"] in held:

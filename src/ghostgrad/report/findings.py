@@ -37,7 +37,7 @@ def _voids(data: Mapping[str, Any]) -> Iterator[Finding]:
             "void",
             "No accountant can read this ledger, so epsilon is unknown: nothing is guaranteed.",
         )
-    if any(t["noise"]["seeded"] is True for t in trainings):
+    if any(t["noise"]["seeded"] is True for t in trainings) or any(m["seeded"] is True for m in _told(data)):
         yield _finding(
             "seeded",
             "void",
@@ -47,34 +47,28 @@ def _voids(data: Mapping[str, Any]) -> Iterator[Finding]:
 
 
 def _assumptions(data: Mapping[str, Any]) -> Iterator[Finding]:
-    trainings = data["trainings"]
-    if any(t["sampling"]["observed"] == "unknown" for t in trainings):
+    trainings, told = data["trainings"], _told(data)
+    if any(t["sampling"]["observed"] == "unknown" for t in trainings) or any(m["sampler"] == "unknown" for m in told):
         yield _finding(
             "user-sampled",
             "assumed",
             "Batches were drawn outside of the library (data_loader=None). Epsilon holds if they were Poisson samples at the "
             "stated rate; what they were is unknown. If they were shuffled, epsilon is too small.",
         )
-    if any(t["noise"]["seeded"] == "unknown" for t in trainings):
+    if any(t["noise"]["seeded"] == "unknown" for t in trainings) or any(m["seeded"] == "unknown" for m in told):
         yield _finding(
             "noise-generator",
             "assumed",
             "The noise comes from a generator of the user's. Whether its seed or state is secret is unknown; against whoever "
             "knows it nothing holds. It is not a cryptographic generator.",
         )
-    if data["releases"]["count"] and not any(t["steps"] for t in trainings):
+    if untold := _untold(data):
         yield _finding(
             "carried-over",
             "assumed",
-            "All releases of the ledger were made elsewhere and loaded. How batches were drawn and noise was made is unknown.",
-        )
-    missing = data["releases"]["steps"] - sum(t["steps"] for t in trainings)
-    if missing > 0 and any(t["steps"] for t in trainings):
-        yield _finding(
-            "carried-over",
-            "assumed",
-            f"{missing:,} of the {data['releases']['steps']:,} steps came with a checkpoint or a ledger file and are of none of "
-            f"the trainings below: how their batches were drawn and their noise was made is unknown.",
+            f"{untold:,} of the {data['releases']['count']:,} releases in the ledger were made elsewhere: recorded by hand, or "
+            f"loaded with a ledger, a checkpoint or a ledger file that does not tell how. How batches were drawn and noise was "
+            f"made for them is unknown.",
         )
     for kind in data["releases"]["by_hand"]:
         opaque = kind["kind"] == "Opaque"
@@ -85,6 +79,17 @@ def _assumptions(data: Mapping[str, Any]) -> Iterator[Finding]:
             f"{kind['count']:,} release(s) were recorded by hand ({kind['kind']}), {what}. The library did not make them and "
             f"cannot vouch for them.",
         )
+
+
+def _told(data: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """The ways in which releases were made, but for those of which nothing is known."""
+    return [made for made in data["releases"]["made"] if made["noise"] != "unknown"]
+
+
+def _untold(data: Mapping[str, Any]) -> int:
+    """Releases that look like those of a training, and of which nothing tells how they were made."""
+    others = sum(int(kind["count"]) for kind in data["releases"]["by_hand"])
+    return max(0, int(data["releases"]["count"]) - others - sum(int(made["releases"]) for made in _told(data)))
 
 
 def _differences(data: Mapping[str, Any]) -> Iterator[Finding]:

@@ -10,6 +10,7 @@ from typing import Any
 from ghostgrad.accounting import Accountant
 from ghostgrad.accounting._checks import check_delta
 from ghostgrad.errors import ConfigurationError, choose
+from ghostgrad.provenance import Provenance
 from ghostgrad.report.findings import find, verdict
 from ghostgrad.report.numbers import UNKNOWN
 from ghostgrad.report.privacy_report import FORMAT, VERSION, PrivacyReport
@@ -44,6 +45,7 @@ def make_report(
     accountant: Accountant,
     trainings: Sequence[Mapping[str, Any]],
     steps: int,
+    made: Mapping[Provenance, int],
     guarantee: str,
     budget: tuple[float, float] | None,
     deltas: Sequence[float],
@@ -57,7 +59,8 @@ def make_report(
     Args:
         accountant: what was released.
         trainings: `training_facts` of each.
-        steps: logical steps made, also by trainings of which nothing else is known any more.
+        steps: logical steps made, also by other trainings than these.
+        made: how many releases in which way.
         guarantee: neighbouring relation and sampling, as a sentence.
         budget: target epsilon and delta that are kept.
         deltas, privacy_unit, title, statements: as in ``PrivacyEngine.report``.
@@ -84,7 +87,7 @@ def make_report(
         "guarantee": guarantee,
         "accountant": accountant.mechanism,
         "epsilon": epsilons(held, asked),
-        "releases": releases(accountant.ledger, steps),
+        "releases": releases(accountant.ledger, steps, [{"releases": count, **how.plain()} for how, count in made.items()]),
         "ledger": kept(accountant.ledger),
         "budget": None if budget is None else {"epsilon": budget[0], "delta": budget[1]},
         "trainings": [dict(training) for training in trainings],

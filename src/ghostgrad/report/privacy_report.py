@@ -168,12 +168,11 @@ def _check(data: Any) -> None:
     _schema.validate(data)
     if isinstance(data["ledger"], dict):
         Ledger.from_state_dict(data["ledger"])
-    said = {finding["code"] for finding in data["findings"]}
-    missing = [
-        finding["code"] for finding in find(data) if finding["effect"] != "other" and finding["code"] not in said
-    ]
+    said = {(finding["code"], finding["effect"]) for finding in data["findings"]}
+    due = [(finding["code"], finding["effect"]) for finding in find(data)]
+    missing = [f"{code} ({effect})" for code, effect in due if effect != "other" and (code, effect) not in said]
     if missing or data["holds"] != verdict(data["findings"]):
         raise ConfigurationError(
-            f"the report says holds={data['holds']!r} with the findings {sorted(said)}, but by its own facts it should say "
-            f"{missing or verdict(data['findings'])}; it was changed by hand. Make it again with engine.report()."
+            f"the report says holds={data['holds']!r} with the findings {sorted(code for code, _ in said)}, but by its own facts "
+            f"it should say {missing or verdict(data['findings'])}; it was changed by hand. Make it again with engine.report()."
         )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
 from typing import Any
@@ -150,8 +150,8 @@ def _points(curve: Curve, x: str, y: str) -> dict[str, Any]:
     return {"x_label": x, "y_label": y, "x": rounded(curve.x), "y": rounded(curve.y)}
 
 
-def releases(ledger: Ledger, steps: int) -> dict[str, Any]:
-    """How many releases there were, with how much noise, and which were no steps."""
+def releases(ledger: Ledger, steps: int, made: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """How many releases there were, how they were made, with how much noise, and which were no steps."""
     sigmas, others = [], dict[str, int]()
     for event, count in ledger:
         if isinstance(event, PoissonSampled) and isinstance(event.event, Gaussian):
@@ -161,6 +161,7 @@ def releases(ledger: Ledger, steps: int) -> dict[str, Any]:
     return {
         "count": ledger.steps,
         "steps": steps,
+        "made": [dict(part) for part in made],
         "phases": len(ledger),
         "least_noise_multiplier": plain(min(sigmas, default=math.nan)),
         "largest_noise_multiplier": plain(max(sigmas, default=math.nan)),

@@ -9,7 +9,6 @@ from torch import nn
 from ghostgrad.explanation import Explanation
 from ghostgrad.layers import find_rule
 from ghostgrad.layers.registry import own_parameters
-from ghostgrad.noise import GeneratorGaussian
 from ghostgrad.optimizer import DPOptimizer
 from ghostgrad.report.numbers import UNKNOWN, plain
 from ghostgrad.sampling import DPDataLoader
@@ -18,7 +17,7 @@ from ghostgrad.session import Session
 from ghostgrad.spending import PoissonSpending
 
 
-def training_facts(session: Session, *, seeded: bool, secure: bool) -> dict[str, Any]:
+def training_facts(session: Session) -> dict[str, Any]:
     """What `make_private` decided and how far the training went.
 
     Left out, because they depend on the records: sizes of batches, which were empty, records that were not finite, routes of
@@ -26,10 +25,8 @@ def training_facts(session: Session, *, seeded: bool, secure: bool) -> dict[str,
 
     Args:
         session: an open one.
-        seeded: whether the user chose the seed of the run key.
-        secure: whether noise comes from the cryptographic generator in its floating-point-safe form.
     """
-    optimizer = session.optimizer
+    optimizer, provenance = session.optimizer, session.optimizer.journal.provenance
     function, sigma = optimizer.clip_function, value_at(optimizer.noise_multiplier, max(0, optimizer.steps - 1))
     bound = optimizer.max_grad_norm
     return {
@@ -50,11 +47,7 @@ def training_facts(session: Session, *, seeded: bool, secure: bool) -> dict[str,
         "loss_reduction": optimizer.loss_reduction,
         "sampling": _sampling(session.loader, optimizer),
         "clipper": session.mode.value,
-        "noise": {
-            "source": optimizer.noise.name,
-            "secure": secure,
-            "seeded": True if seeded else UNKNOWN if isinstance(optimizer.noise, GeneratorGaussian) else False,
-        },
+        "noise": {"source": provenance.noise, "secure": provenance.secure, "seeded": provenance.seeded},
         "ranks": optimizer.topology.size,
         "trainable_parameters": sum(p.numel() for p in optimizer.params),
         "modules": _modules(session.recorder.root, session.mode.value == "functorch"),
@@ -72,14 +65,13 @@ def seen_of_records(explanation: Explanation, not_finite: int) -> dict[str, Any]
 
 def _sampling(loader: DPDataLoader[Any] | None, optimizer: DPOptimizer) -> dict[str, Any]:
     assumed = "poisson" if isinstance(optimizer.spending, PoissonSpending) else "one batch a pass"
-    observed: dict[str, Any] = {"observed": UNKNOWN, "draws": UNKNOWN, "passes": UNKNOWN}
-    if loader is not None:
-        observed = {
-            "observed": "poisson" if loader.poisson_sampling else "own batches",
-            "draws": loader.feed.logical_batch + 1,
-            "passes": loader.feed.epoch + 1,
-        }
-    return {"assumed": assumed, **observed, "guarantee": optimizer.spending.guarantee}
+    return {
+        "assumed": assumed,
+        "observed": optimizer.journal.provenance.sampler,
+        "draws": UNKNOWN if loader is None else loader.feed.logical_batch + 1,
+        "passes": UNKNOWN if loader is None else loader.feed.epoch + 1,
+        "guarantee": optimizer.spending.guarantee,
+    }
 
 
 def _also_released(optimizer: DPOptimizer) -> list[str]:

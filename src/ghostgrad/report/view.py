@@ -25,6 +25,7 @@ _CLAIMS = {
     "no": "If it were not for that, the trained parameters would be",
     "unknown": "If what is assumed is true, the trained parameters are",
 }
+_ANSWERS = {True: "yes", False: "no", "unknown": "unknown"}
 EFFECTS = {"void": "Does not hold", "assumed": "Assumed", "other": "Note"}
 
 
@@ -76,8 +77,8 @@ def sections(data: Data) -> list[Section]:
     trainings = [
         part for number, training in enumerate(data["trainings"]) for part in _training(data, number, training)
     ]
-    return [*private, _unit(data), _epsilon(data), _attacks(data), _releases(data), *trainings, _not_covered(data),
-            _libraries(data)]  # fmt: skip
+    return [*private, _unit(data), _epsilon(data), _attacks(data), _releases(data), *_made(data), *trainings,
+            _not_covered(data), _libraries(data)]  # fmt: skip
 
 
 def _unit(data: Data) -> Section:
@@ -170,6 +171,25 @@ def _releases(data: Data) -> Section:
     return Section("Releases", tuple(facts))
 
 
+def _made(data: Data) -> list[Section]:
+    """Where the trainings below do not say it of all releases."""
+    made, steps = data["releases"]["made"], sum(training["steps"] for training in data["trainings"])
+    if len(made) < 2 and steps == data["releases"]["steps"]:
+        return []
+    rows = tuple(
+        (shown(m["releases"]), m["sampler"], m["noise"], _ANSWERS[m["secure"]], _ANSWERS[m["seeded"]], m["guarantee"])
+        for m in made
+    )
+    table = Table(("releases", "batches", "noise source", "secure noise", "seeded", "guarantee"), rows, (0,))
+    return [
+        Section(
+            "How the releases were made",
+            table=table,
+            remark="As the engine, its checkpoint and its ledger file have it.",
+        )
+    ]
+
+
 def _training(data: Data, number: int, training: Data) -> list[Section]:
     several = len(data["trainings"]) > 1
     title = f"Training {number + 1}: {training['model']}" if several else "Mechanism"
@@ -183,7 +203,6 @@ def _training(data: Data, number: int, training: Data) -> list[Section]:
 def _mechanism(training: Data) -> tuple[tuple[str, str], ...]:
     varies = " (of the last step; it varied)"
     noise = training["noise"]
-    seeded = {True: "yes: known to whoever knows the seed", False: "no", "unknown": "unknown"}[noise["seeded"]]
     return (
         ("model, optimizer", f"{training['model']}, {training['optimizer']}"),
         ("trainable parameters", shown(training["trainable_parameters"])),
@@ -195,8 +214,8 @@ def _mechanism(training: Data) -> tuple[tuple[str, str], ...]:
         ("also released", "; ".join(training["also_released"]) or "nothing"),
         ("clipper", training["clipper"]),
         ("noise source", noise["source"]),
-        ("secure noise", "yes" if noise["secure"] else "no"),
-        ("seeded", seeded),
+        ("secure noise", _ANSWERS[noise["secure"]]),
+        ("seeded", "yes: known to whoever knows the seed" if noise["seeded"] is True else _ANSWERS[noise["seeded"]]),
         ("processes", shown(training["ranks"])),
     )  # fmt: skip
 
