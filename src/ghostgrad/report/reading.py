@@ -93,8 +93,11 @@ def attacks(held: Accountant) -> dict[str, Any]:
     """What any attacker can reach at best.
 
     Reconstruction: an attacker who knows all other records, and whose best guess without the model is right with
-    probability b, is right with it at most with probability ``1 - f(b)``, f being the trade-off curve (Balle, Cherubin and
-    Hayes 2022, definition 2; Hayes, Mahloujifar and Balle 2023, theorem 2): the true positive rate at b false positives.
+    probability b, is right with it at most with probability ``1 - f(b)``, f being the trade-off curve: the true positive rate
+    at b false positives. For "the guess is right" is a test of whether the record was in: of a model without it the guess is
+    independent of the record, so right with probability b at most; and ``1 - f`` is concave, so that the mean over records
+    stays below it. The notion is reconstruction robustness (Balle, Cherubin and Hayes 2022); the bound by a test is of Hayes,
+    Mahloujifar and Balle (2023), in terms of f of Kaissis, Hayes, Ziller and Rueckert (2023).
     """
 
     def caught(rate: float) -> Number:

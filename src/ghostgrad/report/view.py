@@ -144,7 +144,7 @@ def _attacks(data: Data) -> Section:
         table=Table(("attack", "where", "probability at most"), tuple(rows), (2,)),
         remark=f"By the {found['accountant']} accountant, for an attacker who sees all released parameters and knows "
         "everything but one privacy unit. True positives: Dong, Roth and Su (2022), proposition 6. Reconstruction: Balle, "
-        "Cherubin and Hayes (2022); Hayes, Mahloujifar and Balle (2023), theorem 2.",
+        "Cherubin and Hayes (2022); Hayes, Mahloujifar and Balle (2023); Kaissis, Hayes, Ziller and Rueckert (2023).",
     )
 
 
