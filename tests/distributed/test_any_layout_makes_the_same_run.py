@@ -14,6 +14,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import Shard
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, TensorDataset
+from trainings import whole
 
 from ghostgrad import PrivacyEngine
 
@@ -45,10 +46,6 @@ LAYOUTS: dict[str, Callable[[nn.Module], nn.Module]] = {
 def network(dtype: torch.dtype) -> nn.Module:
     torch.manual_seed(2)
     return nn.Sequential(nn.Linear(6, 12), nn.Tanh(), nn.Linear(12, 5)).to(dtype)
-
-
-def whole(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
 def run(layout: str, kind: str, dtype: torch.dtype) -> tuple[list[list[int]], list[torch.Tensor]]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable
 from typing import Any
 
@@ -14,9 +13,8 @@ from ranks import on_ranks
 from torch import nn
 from torch.distributed.fsdp import fully_shard
 from torch.utils.checkpoint import checkpoint
-from torch.utils.data import DataLoader, TensorDataset
-
-from ghostgrad import BatchMemoryManager, PrivacyEngine
+from torch.utils.data import TensorDataset
+from trainings import trained, whole
 
 Model = Callable[[], nn.Module]
 
@@ -100,19 +98,11 @@ def split(
         fully_shard(module, **options)
 
 
-def whole(module: nn.Module) -> dict[str, torch.Tensor]:
-    return {n: p.full_tensor() if hasattr(p, "full_tensor") else p for n, p in module.state_dict().items()}
-
-
 def train(
     *,
     model: dict[str, Any] | None = None,
     sharding: dict[str, Any] | None = None,
     prepare: Callable[[nn.Module], None] = lambda module: None,
-    optimizer: Callable[..., Any] = lambda p: torch.optim.Adam(p, lr=0.05),
-    physical: int | None = None,
-    batch_size: int = 8,
-    epochs: int = 1,
     **options: Any,
 ) -> tuple[dict[str, torch.Tensor], int, float]:
     """Parameters, steps and epsilon after a short training with noise; split where there are ranks."""
@@ -120,23 +110,8 @@ def train(
     prepare(module)
     if dist.is_initialized():
         split(module, **(sharding or {}))
-    engine = PrivacyEngine(seed=5)
-    module, private, loader = engine.make_private(
-        module=module, optimizer=optimizer([p for p in module.parameters() if p.requires_grad]), noise_multiplier=0.7,
-        data_loader=DataLoader(data(), batch_size=batch_size), max_grad_norm=0.3, **options,
-    )  # fmt: skip
-    for _ in range(epochs):
-        with contextlib.ExitStack() as stack:
-            pieces = loader
-            if physical:
-                manager = BatchMemoryManager(data_loader=loader, max_physical_batch_size=physical, optimizer=private)
-                pieces = stack.enter_context(manager)
-            for x, y in pieces:
-                loss = F.cross_entropy(module(x), y, reduction=options.get("loss_reduction", "mean"))
-                loss.backward()
-                private.step()
-                private.zero_grad()
-    return whole(module), engine.steps, engine.get_epsilon(1e-5)
+    steps, epsilon = trained(module, data(), **options)
+    return {name: whole(p) for name, p in module.state_dict().items()}, steps, epsilon
 
 
 def freeze(module: nn.Module) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from typing import Any
 
 import pytest
@@ -15,8 +14,9 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, TensorDataset
 from torch.utils.data.distributed import DistributedSampler
+from trainings import trained
 
-from ghostgrad import BatchMemoryManager, PrivacyEngine
+from ghostgrad import PrivacyEngine
 
 MODES = ["hooks", "ghost", "bk", "functorch"]
 LAYOUTS: dict[str, dict[str, Any]] = {
@@ -42,37 +42,13 @@ def model() -> nn.Module:
     return nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 3)).double()
 
 
-def train(
-    mode: str,
-    *,
-    wrapped: bool = False,
-    physical: int | None = None,
-    batch_size: int = 8,
-    epochs: int = 1,
-    **options: Any,
-) -> tuple[dict[str, torch.Tensor], int, float]:
+def train(mode: str, *, wrapped: bool = False, **options: Any) -> tuple[dict[str, torch.Tensor], int, float]:
     """Parameters, steps and epsilon after a short training with noise."""
-    module: nn.Module = model()
+    module = inner = model()
     if wrapped and dist.is_initialized():
-        module = DistributedDataParallel(module)
-    engine = PrivacyEngine(seed=5)
-    module, optimizer, loader = engine.make_private(
-        module=module, optimizer=torch.optim.Adam(module.parameters(), lr=0.05), grad_sample_mode=mode,
-        data_loader=DataLoader(data(), batch_size=batch_size), noise_multiplier=0.7, max_grad_norm=0.3, **options,
-    )  # fmt: skip
-    for _ in range(epochs):
-        with contextlib.ExitStack() as stack:
-            pieces = loader
-            if physical:
-                manager = BatchMemoryManager(data_loader=loader, max_physical_batch_size=physical, optimizer=optimizer)
-                pieces = stack.enter_context(manager)
-            for x, y in pieces:
-                loss = F.cross_entropy(module(x), y, reduction=options.get("loss_reduction", "mean"))
-                loss.backward()
-                optimizer.step()
-                optimizer.zero_grad()
-    inner = module.module if isinstance(module, DistributedDataParallel) else module
-    return dict(inner.state_dict()), engine.steps, engine.get_epsilon(1e-5)
+        module = DistributedDataParallel(inner)
+    steps, epsilon = trained(module, data(), grad_sample_mode=mode, **options)
+    return dict(inner.state_dict()), steps, epsilon
 
 
 CASES = [

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -21,8 +19,9 @@ from torch.distributed.tensor.parallel import (
     parallelize_module,
 )
 from torch.utils.data import DataLoader, TensorDataset
+from trainings import trained, whole
 
-from ghostgrad import BatchMemoryManager, ConfigurationError, GhostgradError, PrivacyEngine
+from ghostgrad import ConfigurationError, GhostgradError, PrivacyEngine
 
 
 class Network(nn.Module):
@@ -54,41 +53,17 @@ def sliced(module: nn.Module, **plan: Any) -> nn.Module:
     return parallelize_module(module, init_device_mesh("cpu", (dist.get_world_size(),)), plan)
 
 
-def whole(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
-
-
 def data() -> TensorDataset:
     torch.manual_seed(1)
     return TensorDataset(torch.randint(11, (40, 5)), torch.randint(3, (40,)))
 
 
-def train(
-    *,
-    optimizer: Callable[..., Any] = lambda p: torch.optim.Adam(p, lr=0.05),
-    physical: int | None = None,
-    batch_size: int = 8,
-    dtype: torch.dtype = torch.float64,
-    **options: Any,
-) -> tuple[list[torch.Tensor], int, float]:
+def train(*, dtype: torch.dtype = torch.float64, **options: Any) -> tuple[list[torch.Tensor], int, float]:
     module = network(dtype)
     if dist.is_initialized():
         sliced(module)
-    engine = PrivacyEngine(seed=5)
-    module, private, loader = engine.make_private(
-        module=module, optimizer=optimizer(module.parameters()), data_loader=DataLoader(data(), batch_size=batch_size),
-        noise_multiplier=0.7, max_grad_norm=0.3, **options,
-    )  # fmt: skip
-    with contextlib.ExitStack() as stack:
-        pieces = loader
-        if physical:
-            manager = BatchMemoryManager(data_loader=loader, max_physical_batch_size=physical, optimizer=private)
-            pieces = stack.enter_context(manager)
-        for x, y in pieces:
-            F.cross_entropy(module(x), y).backward()
-            private.step()
-            private.zero_grad()
-    return [whole(p.detach()) for p in module.parameters()], engine.steps, engine.get_epsilon(1e-5)
+    steps, epsilon = trained(module, data(), **options)
+    return [whole(p.detach()) for p in module.parameters()], steps, epsilon
 
 
 CASES: dict[str, dict[str, Any]] = {
