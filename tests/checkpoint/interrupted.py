@@ -41,6 +41,7 @@ class Settings:
     seed: int | None = None
     poisson: bool = True
     augmented: bool = False
+    scheduled: bool = False
     ledger: bool = True
 
 
@@ -74,7 +75,9 @@ class Training:
         options = {"ledger": folder / "run.jsonl"} if settings.ledger else {}
         self.engine = PrivacyEngine(seed=settings.seed, **options)
         self.module, self.optimizer, self.loader = self.engine.make_private(
-            module=module, optimizer=inner, noise_multiplier=1.0, max_grad_norm=0.7, clipping=settings.clipping,
+            module=module, optimizer=inner, clipping=settings.clipping,
+            noise_multiplier=(lambda step: 1.0 + step / 10) if settings.scheduled else 1.0,
+            max_grad_norm=(lambda step: 0.7 / (1 + step)) if settings.scheduled else 0.7,
             grad_sample_mode=settings.mode, accumulation_steps=settings.accumulation, poisson_sampling=settings.poisson,
             data_loader=DataLoader(
                 Records(settings.augmented), batch_size=4, shuffle=True, num_workers=settings.workers

@@ -22,6 +22,7 @@ SETTINGS = {
     "hooks": Settings(mode="hooks", limit=2),
     "functorch": Settings(mode="functorch", seed=3),
     "pieces": Settings(limit=1, accumulation=2, clipping="adaptive"),
+    "schedules": Settings(limit=2, accumulation=2, scheduled=True),
     "own batches": Settings(poisson=False, augmented=True),
     "workers": Settings(workers=2, augmented=True, limit=3),
     "per layer": Settings(clipping="per_layer", accumulation=3, seed=4),

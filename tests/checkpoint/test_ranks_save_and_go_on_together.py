@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from ghostgrad import BatchMemoryManager, PrivacyEngine
 from ghostgrad.distributed import current
-from ghostgrad.errors import CheckpointError, ConfigurationError
+from ghostgrad.errors import CheckpointError, ConfigurationError, LedgerError, PrivacyError
 from ghostgrad.ledger import read_ledger
 
 
@@ -75,7 +75,8 @@ def test_two_ranks_go_on_bit_for_bit(limit: int | None, before: int, after: int,
     path = tmp_path / "checkpoint"
 
     def outcome(run: dict[str, Any]) -> Any:
-        return parameters(run), run["engine"].accountant.history
+        report = run["engine"].report(deltas=[1e-5])
+        return parameters(run), run["engine"].accountant.history, (report.holds, report.data["releases"])
 
     def whole(rank: int) -> Any:
         run = private(tmp_path, ledger=ledger, limit=limit)
@@ -94,9 +95,11 @@ def test_two_ranks_go_on_bit_for_bit(limit: int | None, before: int, after: int,
     first = on_ranks(2, whole)
     second = on_ranks(2, resumed)
     assert first[0][1]
-    for (expected, spent), (found, counted) in zip(first, second, strict=True):
+    for (expected, spent, said), (found, counted, says) in zip(first, second, strict=True):
         assert all(map(torch.equal, expected, found))
         assert spent == counted
+        assert said == says == first[0][2]  # every rank says the same, also where only rank 0 has the ledger file
+        assert says[0] == "yes"
     if ledger:
         assert read_ledger(tmp_path / "run.jsonl").ledger.steps == sum(entry[-1] for entry in spent)
 
@@ -151,6 +154,67 @@ def test_another_number_of_ranks_draws_from_another_key(saved: int, resumed: int
         assert other == found[0][0] != mark
         assert steps == counted == 2
         assert all(map(torch.equal, values, found[0][3]))
+
+
+def test_a_full_disk_at_rank_0_is_told_to_all_and_the_old_checkpoint_stays(tmp_path: Path) -> None:
+    path = tmp_path / "checkpoint"
+
+    def both(rank: int) -> tuple[str, int]:
+        run = private(tmp_path, ledger=False)
+        parts = {"module": run["module"], "optimizer": run["optimizer"]}
+        batches = iter(run["loader"])
+        train(run, batches, 2)
+        run["engine"].save_checkpoint(path, **parts)
+        before = path.read_bytes()
+        written = os.fsync
+        os.fsync = full
+        try:
+            train(run, batches, 2)
+            with pytest.raises((CheckpointError, ConfigurationError)) as raised:
+                run["engine"].save_checkpoint(path, **parts)
+        finally:
+            os.fsync = written
+        assert path.read_bytes() == before
+        train(run, run["loader"], 2)
+        return f"{type(raised.value).__name__}: {raised.value}", run["engine"].steps
+
+    (alone, steps), (other, counted) = on_ranks(2, both)
+    assert alone.startswith("CheckpointError")
+    assert other.startswith("ConfigurationError: rank 0 could not go on")
+    assert "No space left" in alone
+    assert "No space left" in other
+    assert steps == counted == 3
+
+
+def full(_: int) -> None:
+    raise OSError(28, "No space left on device")
+
+
+def test_a_ledger_file_that_takes_no_more_stops_every_rank(tmp_path: Path) -> None:
+    def both(rank: int) -> str:
+        run = private(tmp_path)
+        batches = iter(run["loader"])
+        train(run, batches, 2)
+        before = [p.clone() for p in parameters(run)]
+        written = os.fsync
+        os.fsync = full
+        try:
+            with pytest.raises((LedgerError, PrivacyError)) as raised:
+                train(run, batches, 2)
+        finally:
+            os.fsync = written
+        assert all(map(torch.equal, parameters(run), before))
+        train(run, run["loader"], 2)  # there is room again
+        return f"{type(raised.value).__name__}: {raised.value}"
+
+    alone, other = on_ranks(2, both)
+    assert alone.startswith("LedgerError")
+    assert other.startswith("PrivacyError: rank 0 could not go on")
+    assert "No space left" in alone
+    assert "No space left" in other
+    text = read_ledger(tmp_path / "run.jsonl")
+    assert [entry.step for entry in text.entries if entry.kind == "release"] == [1, 3]  # that of step 2 was never used
+    assert text.ledger.steps == 3  # the release that could not be written stays counted
 
 
 def test_a_damaged_file_is_refused_on_every_rank(tmp_path: Path) -> None:

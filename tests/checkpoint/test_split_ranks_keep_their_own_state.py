@@ -4,26 +4,40 @@ from __future__ import annotations
 
 import copy
 import io
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from ranks import on_ranks
 from torch import nn
 from torch.distributed.checkpoint import load, save
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.utils.data import DataLoader, TensorDataset
+from trainings import whole
 
 from ghostgrad import ConfigurationError, PrivacyEngine
 
 
-def private(**options: Any) -> dict[str, Any]:
-    torch.manual_seed(0)
-    data = TensorDataset(torch.randn(24, 3), torch.arange(24) % 2)
-    module = nn.Sequential(nn.Linear(3, 5), nn.Tanh(), nn.Linear(5, 2))
+def split(module: nn.Module) -> None:
     fully_shard(module[0])
     fully_shard(module)
+
+
+def sliced(module: nn.Module) -> None:
+    plan = {"0": ColwiseParallel(), "2": RowwiseParallel()}
+    parallelize_module(module, init_device_mesh("cpu", (dist.get_world_size(),)), plan)
+
+
+def private(lay_out: Callable[[nn.Module], None] = split, **options: Any) -> dict[str, Any]:
+    torch.manual_seed(0)
+    data = TensorDataset(torch.randn(24, 3), torch.arange(24) % 2)
+    module = nn.Sequential(nn.Linear(3, 6), nn.Tanh(), nn.Linear(6, 2))
+    lay_out(module)
     engine = PrivacyEngine()
     module, optimizer, loader = engine.make_private(
         module=module, optimizer=torch.optim.Adam(module.parameters()), data_loader=DataLoader(data, batch_size=6),
@@ -40,15 +54,18 @@ def train(run: dict[str, Any], batches: Any, count: int) -> None:
 
 
 def parameters(run: dict[str, Any]) -> list[torch.Tensor]:
-    return [p.full_tensor().detach().clone() for p in run["module"].parameters()]
+    return [whole(p.detach()).clone() for p in run["module"].parameters()]
 
 
+@pytest.mark.parametrize("lay_out", [split, sliced])
 @pytest.mark.parametrize(("parts", "before", "after"), [(1, 2, 2), (2, 1, 3)], ids=["between", "accumulated"])
-def test_they_go_on_bit_for_bit(parts: int, before: int, after: int, tmp_path: Any) -> None:
+def test_they_go_on_bit_for_bit(
+    parts: int, before: int, after: int, lay_out: Callable[[nn.Module], None], tmp_path: Any
+) -> None:
     """After a step, and in the middle of a logical batch: of its sum so far each rank has its own part."""
 
     def both(rank: int) -> Any:
-        run = private(accumulation_steps=parts)
+        run = private(lay_out, accumulation_steps=parts)
         batches = iter(run["loader"])
         train(run, batches, before)
         file = io.BytesIO()
@@ -58,7 +75,7 @@ def test_they_go_on_bit_for_bit(parts: int, before: int, after: int, tmp_path: A
         with pytest.raises(ConfigurationError, match=r"torch\.distributed\.checkpoint"):
             run["engine"].save_checkpoint(tmp_path / "whole", module=run["module"], optimizer=run["optimizer"])
         train(run, batches, after)
-        again = private(accumulation_steps=parts)
+        again = private(lay_out, accumulation_steps=parts)
         again["module"].load_state_dict(module)
         again["optimizer"].load_state_dict(optimizer)
         again["engine"].load_state_dict(torch.load(file, weights_only=True))

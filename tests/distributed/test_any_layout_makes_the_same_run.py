@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from trainings import whole
 
 from ghostgrad import PrivacyEngine
+from ghostgrad.keys import RunKey
 
 OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
     "momentum": lambda p: torch.optim.SGD(p, lr=0.3, momentum=0.9),
@@ -82,10 +83,11 @@ def test_batches_and_parameters_are_those_of_one_process(size: int) -> None:
                 torch.testing.assert_close(p, expected, rtol=0, atol=DTYPES[case[2]], msg=str(case))
 
 
-def noise(layout: str, dtype: torch.dtype) -> tuple[list[torch.Tensor], list[int]]:
+def noise(layout: str, dtype: torch.dtype, secure: bool) -> tuple[list[torch.Tensor], list[int]]:
     """The gradients of two steps without records, which are noise and nothing else, and how many values were drawn."""
     module = LAYOUTS[layout](network(dtype))
-    engine = PrivacyEngine(seed=7)
+    engine = PrivacyEngine(secure_mode=secure)
+    engine._key = RunKey.from_seed(7)  # which secure mode refuses from a user
     module, optimizer, _ = engine.make_private(
         module=module, optimizer=torch.optim.SGD(module.parameters(), lr=0.0), noise_multiplier=1.3, max_grad_norm=0.7,
         data_loader=DataLoader(TensorDataset(torch.zeros(20, 6)), batch_size=4),
@@ -106,11 +108,11 @@ def noise(layout: str, dtype: torch.dtype) -> tuple[list[torch.Tensor], list[int
     return found, drawn
 
 
-@pytest.mark.parametrize("size", [2, 3])
-def test_noise_has_the_bits_of_one_process_and_no_rank_draws_what_it_does_not_hold(size: int) -> None:
+@pytest.mark.parametrize(("size", "secure"), [(2, False), (3, False), (2, True)])
+def test_noise_has_the_bits_of_one_process_and_no_rank_draws_what_it_does_not_hold(size: int, secure: bool) -> None:
     cases = [(layout, dtype) for layout in LAYOUTS for dtype in DTYPES]
-    alone = {dtype: noise("plain", dtype)[0] for dtype in DTYPES}
-    ranks = on_ranks(size, lambda rank: {case: noise(*case) for case in cases})
+    alone = {dtype: noise("plain", dtype, secure)[0] for dtype in DTYPES}
+    ranks = on_ranks(size, lambda rank: {case: noise(*case, secure) for case in cases})
     total = sum(p.numel() for p in network(torch.float32).parameters())
     for layout, dtype in cases:
         for found, _ in (each[layout, dtype] for each in ranks):
