@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import itertools
 import os
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from interrupted import die
 from ranks import on_ranks
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
@@ -102,6 +105,53 @@ def test_two_ranks_go_on_bit_for_bit(limit: int | None, before: int, after: int,
         assert says[0] == "yes"
     if ledger:
         assert read_ledger(tmp_path / "run.jsonl").ledger.steps == sum(entry[-1] for entry in spent)
+
+
+def test_ranks_that_are_killed_go_on_bit_for_bit(tmp_path: Path) -> None:
+    """One is killed, in the middle of anything; the other raises, and both are started again from what was saved."""
+    one, parts = tmp_path / "one", tmp_path / "parts"
+    one.mkdir()
+    parts.mkdir()
+
+    def to_the_end(rank: int, folder: Path, *, victim: int | None = None, moment: int = 0) -> Any:
+        moments = itertools.count(1)
+
+        def here() -> None:
+            if next(moments) == moment and rank == victim:
+                die()
+
+        run = private(folder)
+        saved = {"module": run["module"], "optimizer": run["optimizer"]}
+        if folder == parts:
+            run["engine"].load_checkpoint(parts / "checkpoint", **saved)
+        else:
+            run["engine"].save_checkpoint(parts / "checkpoint", **saved)
+            if rank == 0:
+                shutil.copy(one / "run.jsonl", parts / "run.jsonl")
+        try:
+            while run["loader"].completed_passes < 2:
+                for x, y in run["loader"]:
+                    here()
+                    nn.functional.cross_entropy(run["module"](x), y, reduction="sum").div(max(1, len(x))).backward()
+                    here()
+                    run["optimizer"].step()
+                    here()
+                    run["optimizer"].zero_grad()
+                    if folder == parts:
+                        run["engine"].save_checkpoint(parts / "checkpoint", **saved)
+        except RuntimeError:  # the process group's, as the other rank is gone
+            return None
+        return parameters(run), run["engine"].accountant.history
+
+    expected = on_ranks(2, lambda rank: to_the_end(rank, one))
+    for victim, moment in [(0, 2), (1, 5), (0, 6), (1, 10)]:
+        assert on_ranks(2, lambda rank: to_the_end(rank, parts, victim=victim, moment=moment)) == [None, None]  # noqa: B023
+    for (found, counted), (wanted, spent) in zip(
+        on_ranks(2, lambda rank: to_the_end(rank, parts)), expected, strict=True
+    ):
+        assert all(map(torch.equal, found, wanted))
+        assert counted == spent
+    assert read_ledger(parts / "run.jsonl").ledger == read_ledger(one / "run.jsonl").ledger
 
 
 def test_ranks_do_not_go_on_from_the_state_of_another() -> None:
