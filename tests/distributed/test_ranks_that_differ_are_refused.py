@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from ranks import on_ranks
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
@@ -66,6 +68,31 @@ def test_every_rank_raises_and_names_what_differs(different: dict[str, Any], nam
 
 def test_equal_ranks_agree() -> None:
     assert on_ranks(3, make) == [None, None, None]
+
+
+def test_they_are_compared_in_one_exchange_after_they_have_one_key(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[str] = []
+
+    def counted(name: str) -> Callable[..., Any]:
+        original = getattr(dist, name)
+        return lambda *arguments, **options: (calls.append(name), original(*arguments, **options))[1]
+
+    for name in (
+        "all_gather_object",
+        "broadcast_object_list",
+        "gather_object",
+        "all_gather",
+        "all_reduce",
+        "broadcast",
+    ):
+        monkeypatch.setattr(dist, name, counted(name))
+
+    def run(rank: int) -> tuple[str | None, list[str]]:
+        return make(rank), calls
+
+    # The key, then the name of the run and the facts of model, data, plan and layout.
+    expected = ["broadcast_object_list", "all_gather_object", "all_gather_object"]
+    assert on_ranks(2, run) == [(None, expected)] * 2
 
 
 def test_a_rank_that_fails_its_own_checks_takes_the_others_with_it() -> None:
