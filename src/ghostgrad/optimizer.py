@@ -235,6 +235,7 @@ class DPOptimizer(Optimizer):
     def _release(self) -> None:
         self._refuse_foreign_gradients()  # a hook may have put some there
         self._refuse_unrecorded()
+        self.total.check_bound(self.clip_function.bound)
         noise_multiplier = value_at(self.noise_multiplier, self.steps, "noise_multiplier")
         draws, statistic = self._over_ranks(noise_multiplier)
         epochs = set(self.total.epochs)

@@ -6,6 +6,7 @@ import inspect
 import math
 import sys
 import weakref
+from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -230,6 +231,13 @@ def check_optimizer(optimizer: Optimizer, module: nn.Module) -> None:
         raise ConfigurationError("SparseAdam needs sparse gradients, and noise is dense. Use Adam.")
     names = {p: name for name, p in module.named_parameters()}
     held = [p for group in optimizer.param_groups for p in group["params"]]
+    twice = [names.get(p, "a parameter") for p, times in Counter(held).items() if times > 1]
+    if twice:
+        raise ConfigurationError(
+            f"{', '.join(twice[:3])}{' and others' if len(twice) > 3 else ''} is in the optimizer more than once (tied weights "
+            f"that were listed for each module?), so it would count in the norm as often and be trained on noise alone. Build "
+            f"the optimizer from module.parameters(), which names each parameter once."
+        )
     foreign = [list(p.shape) for p in held if p not in names]
     if foreign:
         raise ConfigurationError(

@@ -333,3 +333,13 @@ def test_the_budget_can_be_turned_off() -> None:
         optimizer.step()
         optimizer.zero_grad()
     assert engine.get_epsilon(1e-3) > 2.0
+
+
+def test_a_parameter_that_is_in_the_optimizer_twice() -> None:
+    """Torch only warns; the second place would be trained on noise alone, and the norm would count it twice."""
+    given = arguments()
+    tied = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4))
+    tied[2].weight = tied[0].weight
+    with pytest.warns(UserWarning, match="duplicate parameters"):
+        optimizer = torch.optim.SGD([*tied[0].parameters(), *tied[2].parameters()], lr=0.1)
+    assert_refused(given | {"module": tied, "optimizer": optimizer}, r"0\.weight is in the optimizer more than once")

@@ -60,6 +60,8 @@ class ClippedSum:
         self._seen: list[Seen] = []
         self.statistic = 0.0
         """The clip function's own sum over the records."""
+        self._bound: float | list[float] | None = None
+        """What the records were clipped to; None where nothing is known to be in the sum."""
         self._rows: Counter[int] = Counter()
         self._last: Delivery | None = None
         self.passed_by = False
@@ -168,6 +170,19 @@ class ClippedSum:
                 f"is fetched (a prefetcher around the loader does not)."
             )
 
+    def check_bound(self, bound: float | list[float]) -> None:
+        """Refuse to add to the sum, or to release it, at another bound than its records were clipped to.
+
+        Raises:
+            PrivacyError: with both.
+        """
+        if self._bound not in (None, bound):
+            raise PrivacyError(
+                f"the bound of the clip function is {bound} now, but records of this logical batch were clipped to "
+                f"{self._bound}: the noise would not be that of their sensitivity. Set max_grad_norm right after "
+                f"optimizer.step(), and give each make_private a clip function of its own."
+            )
+
     def _check_plausible(self, n: int) -> None:
         """Rows that are tokens, or records drawn again, soon outnumber what Poisson sampling can have drawn."""
         if self._rows[_BY_HAND] + n > self._most_rows:
@@ -210,11 +225,13 @@ class ClippedSum:
         sums: Mapping[nn.Parameter, Tensor],
         tapes: Sequence[Tape],
         *,
+        bound: float | list[float] | None = None,
         statistic: float = 0.0,
         dropped: int = 0,
         seen: Seen | None = None,
     ) -> None:
-        """Add the sums of one backward, from which ``dropped`` records were left out as not finite."""
+        """Add the sums of one backward, clipped to ``bound``, from which ``dropped`` records were left out as not finite."""
+        self._bound = list(bound) if isinstance(bound, list) else bound
         self.statistic += statistic
         self._seen += [] if seen is None else [seen]
         self.not_finite += dropped

@@ -91,6 +91,7 @@ class Clipper:
     def admit(self, tapes: Sequence[Tape]) -> None:
         """Refuse records that must not be added to this step."""
         self.total.admit(tapes)
+        self.total.check_bound(self.function.bound)
 
     def note_pass(self) -> None:
         """A gradient went by unrecorded."""
@@ -221,7 +222,9 @@ class Clipper:
         """The backward went well: its sums become part of the step's."""
         dropped = 0 if self._finite is None else int((~self._finite).sum())
         sums = {**self._sums, **self._parts}
-        self.total.add(sums, tapes, statistic=self._statistic, dropped=dropped, seen=self._seen)
+        self.total.add(
+            sums, tapes, bound=self.function.bound, statistic=self._statistic, dropped=dropped, seen=self._seen
+        )
 
 
 def _columns(sq_norms: Sequence[Tensor | None], n: int) -> Tensor:

@@ -1,0 +1,51 @@
+"""The noise is that of the bound that every record of the step was clipped to, whoever moves the bound meanwhile."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from leave_one_out import MODES, C, classifier, cross_entropy, made_private
+
+from ghostgrad import AdaptiveClipping, FlatClipping, PrivacyError
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("moved", [0.01 * C, 100 * C])
+def test_a_bound_that_another_training_moves_is_not_released_at(mode: str, moved: float) -> None:
+    """Two private optimizers with one clip function: the noise of the first would be that of the second's bound."""
+    function, (model, x, y) = FlatClipping(C), classifier()
+    _, optimizer, _ = made_private(model, clipping=function, grad_sample_mode=mode)
+    _, other, _ = made_private(classifier()[0], clipping=function)
+    cross_entropy(model, x[:1], y[:1]).backward()
+    other.max_grad_norm = moved
+    with pytest.raises(PrivacyError, match="a clip function of its own"):
+        cross_entropy(model, x[1:2], y[1:2]).backward()
+    with pytest.raises(PrivacyError, match="a clip function of its own"):
+        optimizer.step()
+    assert all(p.grad is None for p in model.parameters())
+    optimizer.zero_grad()
+    cross_entropy(model, x[:1], y[:1]).backward()
+    optimizer.step()
+    assert torch.cat([p.grad.flatten() for p in model.parameters()]).norm() <= moved * (1 + 1e-6)
+
+
+def test_the_step_of_another_training_moves_a_shared_adaptive_bound() -> None:
+    function = AdaptiveClipping(C)
+    (model, x, y), (second, *_) = classifier(), classifier()
+    _, optimizer, _ = made_private(model, clipping=function)
+    _, other, _ = made_private(second, clipping=function)
+    cross_entropy(model, x, y).backward()
+    cross_entropy(second, x, y).backward()
+    other.step()
+    assert function.bound != C
+    with pytest.raises(PrivacyError, match="a clip function of its own"):
+        optimizer.step()
+
+
+def test_a_list_of_bounds_that_is_changed_in_place_is_noticed() -> None:
+    model, x, y = classifier()
+    _, optimizer, _ = made_private(model, clipping="per_layer")
+    cross_entropy(model, x, y).backward()
+    optimizer.clip_function.bound[0] /= 10
+    with pytest.raises(PrivacyError, match="records of this logical batch were clipped to"):
+        optimizer.step()
