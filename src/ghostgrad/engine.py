@@ -18,7 +18,7 @@ from ghostgrad.audit import AuditResult, audit_training
 from ghostgrad.audit.records import Score
 from ghostgrad.clipping import ClipFunction, Mode, trainable
 from ghostgrad.distributed import Topology, current
-from ghostgrad.errors import ConfigurationError, choose
+from ghostgrad.errors import ConfigurationError, PrivacyError, choose
 from ghostgrad.explanation import Explanation, explain
 from ghostgrad.inheritance import open_ledger
 from ghostgrad.journal import Journal
@@ -115,6 +115,17 @@ class PrivacyEngine:
         if ledger is not None:
             self._ledger, self._guarantees = open_ledger(ledger, self._spent, current())
         self._inherited = self._spent.accountant.ledger.steps if self._writes_ledger else 0
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Not to be copied or pickled (it would be sent to another process that way): both would draw the same noise.
+
+        Raises:
+            PrivacyError: always.
+        """
+        raise PrivacyError(
+            "a PrivacyEngine is not copied or pickled: both would add the same noise to different sums, and neither would know "
+            "what the other released. Build one where it is needed; engine.state_dict() is for going on later."
+        )
 
     # ------------------------------------------------------------------ making private
 

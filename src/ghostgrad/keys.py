@@ -7,8 +7,11 @@ resumed run does not repeat a noise vector, the clippers see the same batches, a
 from __future__ import annotations
 
 import hashlib
+import os
 import secrets
 from dataclasses import dataclass, field
+
+from ghostgrad.errors import PrivacyError
 
 _KEY_BYTES = 32
 
@@ -27,6 +30,8 @@ class RunKey:
 
     secret: bytes = field(repr=False)
     seeded: bool = False
+    _process: int = field(default_factory=os.getpid, init=False, repr=False, compare=False)
+    """Where it may be drawn from. Processes that were forked with one key would draw the same noise for other sums."""
 
     @classmethod
     def from_os(cls) -> RunKey:
@@ -45,6 +50,15 @@ class RunKey:
         return self.derive("mark").hex()
 
     def derive(self, purpose: str, *counters: int) -> bytes:
-        """32 bytes for one address: keyed BLAKE2b (RFC 7693) of the purpose and the counters."""
+        """32 bytes for one address: keyed BLAKE2b (RFC 7693) of the purpose and the counters.
+
+        Raises:
+            PrivacyError: in a process that was forked from the key's own, or that it was sent to, unless it comes from a seed.
+        """
+        if self._process != os.getpid() and not self.seeded:
+            raise PrivacyError(
+                f"process {os.getpid()} draws from the key of process {self._process}. Both would add the same noise to different "
+                f"sums, and their difference shows the records. Build the PrivacyEngine in the process that trains with it."
+            )
         address = ":".join([purpose, *map(str, counters)]).encode()
         return hashlib.blake2b(address, key=self.secret, digest_size=_KEY_BYTES).digest()
