@@ -57,7 +57,7 @@ class RunKey:
         """
         if self._process != os.getpid() and not self.seeded:
             raise PrivacyError(
-                f"process {os.getpid()} draws from the key of process {self._process}. Both would add the same noise to different "
+                f"process {os.getpid()} draws from the key of process {self._process}. Both would add the same noise to other "
                 f"sums, and their difference shows the records. Build the PrivacyEngine in the process that trains with it."
             )
         address = ":".join([purpose, *map(str, counters)]).encode()

@@ -22,6 +22,7 @@ from ghostgrad.recording.hooks import Hook, calls_under_way, compile_again, leav
 from ghostgrad.recording.loss_graph import MOST_NODES
 from ghostgrad.recording.losses import LossKnowledge, watch
 from ghostgrad.recording.modules import Modules
+from ghostgrad.recording.passes import Passes
 from ghostgrad.recording.probe import Boundary
 from ghostgrad.recording.refusals import check_batch_norms, check_same_records
 from ghostgrad.recording.rehearsal import Rehearsal
@@ -140,6 +141,7 @@ class Recorder:
         self._shown: set[str] = set()
         """Modules at which a gradient arrived in the isolation under way."""
         self._linearity = proofs.Linearity()
+        self._passes = Passes()
         self._round: list[Recording] = []
         self._live: weakref.WeakSet[Tape] = weakref.WeakSet()
         self._round_task = -1
@@ -299,9 +301,12 @@ class Recorder:
                 self._shown.add(call.path)
             return
         if self._phase is Phase.SUM:
+            self._passes.second(call)
             self._add_up(rule, call)
             return
         self._linearity.check(call)
+        if self.sink.may_pass_twice:
+            self._passes.first(call)
         uses = self.modules.uses(rule, call)
         routes, kept = {}, {}
         for name, held in call.parameters.items():
@@ -369,6 +374,7 @@ class Recorder:
         if task != self._round_task or not self._round:
             self._round, self._round_task = [], task
             self.sink.reset()
+            self._passes.forget()
             if self._shards is not None:
                 self._shards.recover()
             Variable._execution_engine.queue_callback(self._finish)
@@ -463,13 +469,16 @@ class Recorder:
             if tapes[0].width:
                 self.sink.settle(tapes[0].n, self._unit(tapes[0]) / self._scale(tapes[0]))
                 if self.sink.passes_twice:
+                    self._passes.turn()
                     for recording in recordings:
                         self._run(recording, Phase.SUM, recording.grads, retain=False)
+                    self._passes.check()
                 if self._shards is not None:
                     self._shards.hand_over_rest()
             self.sink.commit(tapes)
         finally:
             self.sink.reset()
+            self._passes.forget()
             if self._shards is not None:
                 self._shards.recover()
             for recording in recordings:
