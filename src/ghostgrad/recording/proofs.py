@@ -28,6 +28,12 @@ _TOLERANCE = {torch.float64: 1e-7, torch.float32: 1e-3, torch.float16: 2e-2, tor
 """How far an output may move, relative to the largest, when another record leaves the batch (matrix products of other
 sizes round differently)."""
 
+_SAME_KIND = {torch.float64: 10.0, torch.float32: 10.0}
+"""How much larger a value may be than what moved, to be counted in its scale. In half precision what is small moves first."""
+
+DOES_NOT_RUN = (RuntimeError, ValueError, AssertionError, LookupError, TypeError)
+"""What a model raises on records that it cannot take."""
+
 
 def random_halves(n: int) -> tuple[Tensor, Tensor]:
     """Two complementary masks [n], neither empty, without a pattern that a layout could share."""
@@ -135,7 +141,7 @@ def _projected(call: Call) -> Tensor:
     return total
 
 
-def check_forward(root: nn.Module, args: Any, kwargs: Any, n: int, *, batch_first: bool) -> None:
+def check_forward(root: nn.Module, args: Any, kwargs: Any, n: int, *, batch_first: bool) -> bool:
     """Put another record in the place of one, and leave half of them out, then the other half: the outputs of the others must
     stay, and so must the buffers.
 
@@ -144,9 +150,13 @@ def check_forward(root: nn.Module, args: Any, kwargs: Any, n: int, *, batch_firs
     eval mode; its buffers and the random states (torch's, Python's, numpy's) stay untouched. Dropout is left out, and what the
     model draws from torch is constant: other records would get other numbers.
 
+    Returns:
+        Whether batches of other sizes could be compared: what the model draws is the same for a record in each of them.
+
     Raises:
         PrivacyError: when an output of a record, or a buffer, depends on another record.
     """
+    other_sizes = False
     rows = Rows(n, batch_first, type(root).__name__)
     batch = (args, kwargs)
     changed = with_first_replaced(batch, n, batch_first=batch_first)
@@ -156,10 +166,13 @@ def check_forward(root: nn.Module, args: Any, kwargs: Any, n: int, *, batch_firs
             whole, other, replays = _repeatable(root, batch, changed, rows.path)
             others = [(other, range(1, n))]
             # Batches of another size would get other numbers for each record.
-            if whole is not None and not whole.drew and not replays:
+            comparable = whole is not None and not whole.drew and not replays
+            other_sizes = comparable if training else other_sizes
+            if comparable:
                 others += [(_forward(root, some_of(batch, n, half, batch_first=batch_first)), half) for half in halves]
         for other, kept in others:
             _compare_all(rows, whole, other, kept)
+    return other_sizes
 
 
 def check_alone(root: nn.Module, args: Any, kwargs: Any) -> None:
@@ -242,6 +255,14 @@ def draws_put_back() -> Iterator[None]:
         np.random.set_state(numpy)
 
 
+@contextmanager
+def without_draws(root: nn.Module) -> Iterator[None]:
+    """Dropout is left out, what is drawn from torch is constant, and other generators begin at the same place each time."""
+    with torch.random.fork_rng(), draws_put_back(), _mode(root, training=True), NoDraws(), _Constant():  # type: ignore[no-untyped-call]
+        torch.manual_seed(0)
+        yield
+
+
 def _drawn() -> tuple[object, ...]:
     """Tells whether something was drawn in between two calls."""
     _, keys, *rest = np.random.get_state(legacy=True)
@@ -259,7 +280,7 @@ def _forward(root: nn.Module, batch: Any, *, seeded: bool = False) -> _Outcome |
             before = _drawn()
             outputs = tensors(functional_call(root, buffers, args, kwargs))
             drew = _drawn() != before
-    except (RuntimeError, ValueError, AssertionError, LookupError, TypeError):
+    except DOES_NOT_RUN:
         return None
     return _Outcome([t for t in outputs if t.is_floating_point()], buffers, drew)
 
@@ -290,11 +311,17 @@ def _compare_buffers(path: str, before: dict[str, Tensor], after: dict[str, Tens
 
 
 def _close(before: Tensor, after: Tensor) -> bool:
+    """Whether nothing moved by more than rounding, relative to the largest value that is of the size of what moved.
+
+    A model that puts -1e9 in the place of what is masked would otherwise be held to no more than that.
+    """
     finite = before.isfinite() & after.isfinite()
-    if not bool(finite.any()):
+    gap, size = (before - after)[finite].abs(), torch.maximum(before[finite].abs(), after[finite].abs())
+    moved = gap > 0
+    if not bool(moved.any()):
         return True
-    gap = (before - after)[finite].abs().max()
-    return bool(gap <= _TOLERANCE.get(before.dtype, 1e-3) * before[finite].abs().max())
+    scale = size[size <= _SAME_KIND.get(before.dtype, 1e3) * size[moved].max()].max()
+    return bool(gap.max() <= _TOLERANCE.get(before.dtype, 1e-3) * scale)
 
 
 class NoDraws(TorchFunctionMode):

@@ -18,6 +18,7 @@ from ghostgrad.errors import PrivacyError, UnsupportedModuleError
 from ghostgrad.gradients import Use
 from ghostgrad.layers import Call, Rows, Rule
 from ghostgrad.recording import proofs
+from ghostgrad.recording.backward_proof import check_backward
 from ghostgrad.recording.hooks import Hook, calls_under_way, compile_again, leave_uncompiled
 from ghostgrad.recording.loss_graph import MOST_NODES
 from ghostgrad.recording.losses import LossKnowledge, watch
@@ -227,7 +228,9 @@ class Recorder:
         with proofs.shaken(self.root):
             with self.modules.paused():
                 if n > 1:
-                    proofs.check_forward(self.root, args, kwargs, n, batch_first=self.batch_first)
+                    sizes = proofs.check_forward(self.root, args, kwargs, n, batch_first=self.batch_first)
+                    if self._in_step is None:
+                        check_backward(self.modules, args, kwargs, n, other_sizes=sizes)
                 else:
                     proofs.check_alone(self.root, args, kwargs)
             return Rehearsal(self.modules).run(args, kwargs, n)

@@ -1,0 +1,109 @@
+"""What a model takes from the batch beside what it shows: a scale of gradients alone, or values beside much larger ones."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from leave_one_out import MODES, C, classifier, cross_entropy, released_sum, sensitivity
+from torch import Tensor, nn
+
+from ghostgrad import PrivacyError
+
+
+class ScaledBackward(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, factor: Any) -> Tensor:
+        ctx.factor = factor
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return grad * ctx.factor, None
+
+
+def by_statistics(x: Tensor) -> Any:
+    return 1 / x.detach().abs().mean()
+
+
+def by_size(x: Tensor) -> Any:
+    return 1 / len(x)
+
+
+def by_largest(x: Tensor) -> Any:
+    return 1 / x.detach().abs().max()
+
+
+def by_record(x: Tensor) -> Any:
+    return 1 / (0.1 + x.detach().abs().mean(1, keepdim=True))
+
+
+def by_constant(x: Tensor) -> Any:
+    return 0.25
+
+
+class Scaled(nn.Module):
+    def __init__(self, factor: Any, *, hook: bool = False) -> None:
+        super().__init__()
+        self.first, self.dropout, self.last = nn.Linear(5, 8), nn.Dropout(0.2), nn.Linear(8, 3)
+        self.factor, self.hook = factor, hook
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = self.dropout(torch.relu(self.first(x)))
+        factor = self.factor(hidden)
+        if not self.hook:
+            hidden = ScaledBackward.apply(hidden, factor)
+        elif hidden.requires_grad:
+            hidden.register_hook(lambda grad: grad * factor)
+        return self.last(hidden)  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("hook", [False, True])
+@pytest.mark.parametrize("factor", [by_statistics, by_size, by_largest])
+@pytest.mark.parametrize("mode", ["bk", "ghost"])
+def test_gradients_scaled_by_the_batch_inside_the_model_are_refused(mode: str, factor: Any, hook: bool) -> None:
+    model, (_, x, y) = Scaled(factor, hook=hook).double(), classifier()
+    with pytest.raises(PrivacyError, match="scales gradients by something of the batch"):
+        released_sum(model, cross_entropy, x, y, mode)
+
+
+@pytest.mark.parametrize("hook", [False, True])
+@pytest.mark.parametrize("factor", [by_record, by_constant])
+def test_gradients_scaled_by_the_record_are_trained(factor: Any, hook: bool) -> None:
+    model, (_, x, y) = Scaled(factor, hook=hook).double(), classifier()
+    model.dropout.p = 0.0
+    assert sensitivity(model, cross_entropy, x, y, "bk") <= C * (1 + 1e-6)
+
+
+class Masked(nn.Module):
+    """Logits of what is not allowed are a large constant."""
+
+    def __init__(self, fill: float, *, centred: bool) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(5, 8), nn.Linear(8, 4)
+        self.fill, self.centred = fill, centred
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = self.first(x)
+        if self.centred:
+            hidden = hidden - hidden.mean(0).detach()
+        logits: Tensor = self.last(torch.relu(hidden))
+        return logits.masked_fill(torch.tensor([False, False, False, True]), self.fill)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("fill", [-1e4, -1e9, -float("inf")])
+def test_a_mask_of_large_numbers_hides_no_mixing(fill: float, dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    model, (_, x, y) = Masked(fill, centred=True).to(dtype), classifier()
+    with pytest.raises(PrivacyError, match="output for a record changes"):
+        released_sum(model, cross_entropy, x.to(dtype), y, "bk")
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("fill", [-1e4, -1e9, -float("inf")])
+def test_masked_logits_are_trained(fill: float, mode: str) -> None:
+    torch.manual_seed(0)
+    model, (_, x, y) = Masked(fill, centred=False).double(), classifier()
+    assert sensitivity(model, cross_entropy, x, y, mode) <= C * (1 + 1e-6)
