@@ -14,7 +14,7 @@ from ghostgrad.clipping.accumulator import ClippedSum
 from ghostgrad.clipping.functions import ClipFunction
 from ghostgrad.clipping.measurement import Seen
 from ghostgrad.distributed import Shards, TensorParallel, Unit
-from ghostgrad.errors import PrivacyError
+from ghostgrad.errors import ConfigurationError, PrivacyError
 from ghostgrad.free_memory import free_memory
 from ghostgrad.gradients import Explicit, Use, join
 from ghostgrad.recording import Tape
@@ -24,6 +24,10 @@ _ROOM = 1 << 24
 
 _WORTH_A_LOOK = 1 << 28
 """Bytes of per-sample gradients from which the free memory is asked for."""
+
+
+_LEAST_BOUND = 1e-12
+"""In single precision squares below 1e-38 vanish: a gradient of this norm still has one, spread over 1e13 elements."""
 
 
 class Mode(Enum):
@@ -163,6 +167,7 @@ class Clipper:
         parameters = self.total.parameters()
         self._check_known(parameters)
         self.function.check(len(parameters))
+        self._check_measurable(unit)
         sq_norms = _columns([self._sq_norms.get(p) for p in parameters], n) * unit**2
         if self._slices is not None:
             sq_norms = self._slices.join_norms(sq_norms, parameters)
@@ -194,6 +199,18 @@ class Clipper:
             raise PrivacyError(
                 "a trainable parameter of the module is in no param_group of the optimizer: its gradient would count in the "
                 "norm but train nothing. Add it with optimizer.add_param_group, or freeze it with requires_grad_(False)."
+            )
+
+    def _check_measurable(self, unit: float) -> None:
+        """Refuse bounds that are so small, as gradients were measured, that norms far above them would come out as 0."""
+        bound = self.function.bound
+        least = min(bound) if isinstance(bound, list) else bound
+        single = any(sq_norms.dtype != torch.float64 for sq_norms in self._sq_norms.values())
+        if single and least < _LEAST_BOUND * unit:
+            raise ConfigurationError(
+                f"max_grad_norm={least:g} is {least / unit:g} in the size in which gradients were measured (with a GradScaler, "
+                f"times its scale): squares of numbers that small vanish in single precision, and nothing would be clipped. "
+                f"Take a larger bound or scale, or float64 parameters."
             )
 
     def _show(self, parameter: nn.Parameter, use: Use) -> None:

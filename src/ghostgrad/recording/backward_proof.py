@@ -1,13 +1,13 @@
 """Proof on the first batch that a record's gradient stays when another record leaves the batch or changes.
 
-What `proofs.check_forward` shows of outputs, for what the backward does besides: an autograd function, or a hook on a value inside,
-that scales gradients by something of the batch leaves every output as it is, stays linear, and mixes no rows.
+What `proofs.check_forward` shows of outputs, for what the backward does besides: an autograd function, or a hook on a value
+inside, that scales gradients by something of the batch leaves every output as it is, stays linear, and mixes no rows.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -30,7 +30,17 @@ _SMALL = {torch.float64: 1e-9, torch.float32: 1e-4}
 _SMALL_HALF = 1e-2
 """What is nothing beside the gradient of the whole model."""
 
-_Gradients = dict[str, Tensor]
+_ROUND_OFF = 16
+"""In units of the precision and of the output gradients: all there is of weights whose gradients cancel."""
+
+
+class _Gradients(NamedTuple):
+    """By name of the weight, and how large those of the outputs were."""
+
+    of: dict[str, Tensor]
+    outputs: float
+    shapes: list[torch.Size | None]
+    """Of the outputs; None for one without records."""
 
 
 def check_backward(modules: Modules, args: Any, kwargs: Any, n: int, *, other_sizes: bool) -> None:
@@ -49,36 +59,52 @@ def check_backward(modules: Modules, args: Any, kwargs: Any, n: int, *, other_si
         pairs += [(some_of(batch, n, half, batch_first=modules.batch_first), half, half) for half in halves]
     for other, records, kept in pairs:
         before = _gradients(modules, batch, n, everyone, kept)
-        after = _gradients(modules, other, n, records, kept)
-        if before and after:
+        after = None if before is None else _gradients(modules, other, n, records, kept, like=before.shapes)
+        if before is not None and after is not None:
             _compare(type(modules.root).__name__, before, after, same_size=len(records) == n)
 
 
-def _gradients(modules: Modules, batch: Any, n: int, records: range, kept: range) -> _Gradients | None:
-    """Of the records ``kept``, added up, in a batch of ``records`` out of ``n``. None where the model does not run on it."""
-    root = modules.root
+def _gradients(
+    modules: Modules, batch: Any, n: int, records: range, kept: range, like: Sequence[torch.Size | None] | None = None
+) -> _Gradients | None:
+    """Of the records ``kept``, added up, in a batch of ``records`` out of ``n``; ``like`` has the shapes in a batch of all.
+
+    None where the model does not run on it, or puts out something that does not grow with the batch.
+    """
+    root, m = modules.root, len(records)
     buffers = {name: buffer.clone() for name, buffer in root.named_buffers()}
     args, kwargs = map_tensors(lambda t: t.detach().clone(), batch)
-    rows = Rows(len(records), modules.batch_first, type(root).__name__)
-    mask = torch.tensor([record in kept for record in records])
+    rows = Rows(m, modules.batch_first, type(root).__name__)
     with without_draws(root), torch.enable_grad():
         try:
             found = [t for t in tensors(functional_call(root, buffers, args, kwargs)) if t.is_floating_point()]
-            outs = [out for out in found if out.requires_grad and rows.dim(out) is not None]
+            shapes = [out.shape if out.requires_grad and rows.dim(out) is not None else None for out in found]
+            if like is not None:
+                shapes = [shape if known else None for shape, known in zip(shapes, like, strict=True)]
+                if not _grew(like, shapes, n, m):
+                    return None
+            outs = [out for out, shape in zip(found, shapes, strict=True) if shape]
             grads = [_direction(out, rows, n, records) for out in outs]
             if outs:
+                mask = torch.tensor([record in kept for record in records])
                 watch.original(outs, mask_records(grads, rows, mask))
         except DOES_NOT_RUN:
             modules.take_gradients()
             return None
-        by_frequency = {
-            f"{path}.weight" if path else "weight"
-            for path, part in root.named_modules()
-            if getattr(
-                part, "scale_grad_by_freq", False
-            )  # divides by the batch's ids here, by the record's in its rule
-        }
-        return {name: grad.to_dense() for name, grad in modules.take_gradients().items() if name not in by_frequency}
+        by_name = modules.take_gradients()
+    for path, part in root.named_modules():
+        if getattr(part, "scale_grad_by_freq", False):  # by how often the batch has an id; in its rule, the record
+            by_name.pop(f"{path}.weight" if path else "weight", None)
+    size = float(sum(grad.double().square().sum() for grad in grads)) ** 0.5
+    return _Gradients({name: grad.to_dense() for name, grad in by_name.items()}, size, shapes)
+
+
+def _grew(whole: Sequence[torch.Size | None], part: Sequence[torch.Size | None], n: int, m: int) -> bool:
+    """Whether each output has as many rows of each record as in the batch of all."""
+    return all(
+        one is None or (other is not None and one.numel() * m == other.numel() * n)
+        for one, other in zip(whole, part, strict=True)
+    )
 
 
 def _direction(out: Tensor, rows: Rows, n: int, records: range) -> Tensor:
@@ -91,16 +117,17 @@ def _direction(out: Tensor, rows: Rows, n: int, records: range) -> Tensor:
     return whole.narrow(dim, records.start * fold, len(records) * fold).to(out)
 
 
-def _compare(root: str, before: Mapping[str, Tensor], after: Mapping[str, Tensor], *, same_size: bool) -> None:
-    whole = float(sum(grad.double().square().sum() for grad in before.values() if grad.isfinite().all())) ** 0.5
-    for name in before.keys() & after.keys():
-        one, other = before[name].double(), after[name].double()
-        kind = before[name].dtype
+def _compare(root: str, before: _Gradients, after: _Gradients, *, same_size: bool) -> None:
+    whole = float(sum(grad.double().square().sum() for grad in before.of.values() if grad.isfinite().all())) ** 0.5
+    for name in before.of.keys() & after.of.keys():
+        one, other, kind = before.of[name].double(), after.of[name].double(), before.of[name].dtype
         tolerance = (_SAME_SIZE if same_size else _OTHER_SIZE).get(kind, _HALF[not same_size])
         gap, size = float((one - other).norm()), max(float(one.norm()), float(other.norm()))
-        if gap > tolerance * size and gap > _SMALL.get(kind, _SMALL_HALF) * whole:  # False where one is not finite
+        nothing = max(_SMALL.get(kind, _SMALL_HALF) * whole, _ROUND_OFF * torch.finfo(kind).eps * before.outputs)
+        if gap > tolerance * size and gap > nothing:  # False where one is not finite
             raise PrivacyError(
-                f"{root}: the gradient of {name} for a record changes when another record leaves the batch or changes, though the "
-                f"outputs stay: an autograd function or a hook inside the model scales gradients by something of the batch (its "
-                f"statistics, its size), so each record rescales the others. Scale by something of the record, or by a constant."
+                f"{root}: the gradient of {name} for a record changes when another record leaves the batch or changes, though "
+                f"the outputs stay: an autograd function or a hook inside the model scales gradients by something of the batch "
+                f"(its statistics, its size), so each record rescales the others. Scale by something of the record, or by a "
+                f"constant."
             )
