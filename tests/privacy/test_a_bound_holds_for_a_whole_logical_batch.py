@@ -49,3 +49,11 @@ def test_a_list_of_bounds_that_is_changed_in_place_is_noticed() -> None:
     optimizer.clip_function.bound[0] /= 10
     with pytest.raises(PrivacyError, match="records of this logical batch were clipped to"):
         optimizer.step()
+
+
+def test_a_parameter_that_is_listed_twice_later_is_refused() -> None:
+    model, x, y = classifier()
+    _, optimizer, _ = made_private(model)
+    optimizer.param_groups[0]["params"].append(model[0].weight)
+    with pytest.raises(PrivacyError, match="in the optimizer more than once"):
+        cross_entropy(model, x, y).backward()

@@ -195,6 +195,11 @@ class Clipper:
 
     def _check_known(self, parameters: Sequence[nn.Parameter]) -> None:
         known = set(parameters)
+        if len(known) < len(parameters):
+            raise PrivacyError(
+                "a parameter is in the optimizer more than once: it would count in the norm as often, and be trained on noise "
+                "alone. Take it out of one place."
+            )
         if any(p not in known for p in self._sq_norms):
             raise PrivacyError(
                 "a trainable parameter of the module is in no param_group of the optimizer: its gradient would count in the "

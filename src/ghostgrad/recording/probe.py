@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from ghostgrad.errors import PrivacyError
+
 Listener = Callable[[Callable[[], tuple[Tensor, ...]], tuple[Tensor | None, ...]], None]
 """Is given the kept tensors, on demand, and the gradients of the outputs when a probe fires."""
 
@@ -75,6 +77,11 @@ class Boundary(torch.autograd.Function):
         return tuple(out.detach() for out in tensors[inputs:])
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, *grads: Tensor | None) -> Any:
+        if torch.is_grad_enabled():  # else what depends on these gradients would silently have none of its own
+            raise PrivacyError(
+                "gradients through the private model were asked for with create_graph=True (a gradient penalty, a second "
+                "derivative). Gradients of gradients are not taken record by record. Leave the penalty out, or train on inputs "
+                "that were perturbed by torch.autograd.grad without create_graph."
+            )
         return (*[None] * 6, *ctx.run(grads), *[None] * ctx.others)
