@@ -6,10 +6,11 @@ from typing import Any
 
 import pytest
 import torch
-from leave_one_out import MODES, C, classifier, cross_entropy, released_sum, sensitivity
+from leave_one_out import MODES, C, classifier, cross_entropy, made_private, released_sum, sensitivity
 from torch import Tensor, nn
 
 from ghostgrad import PrivacyError
+from ghostgrad.recording import proofs
 
 
 class ScaledBackward(torch.autograd.Function):
@@ -107,3 +108,73 @@ def test_masked_logits_are_trained(fill: float, mode: str) -> None:
     torch.manual_seed(0)
     model, (_, x, y) = Masked(fill, centred=False).double(), classifier()
     assert sensitivity(model, cross_entropy, x, y, mode) <= C * (1 + 1e-6)
+
+
+class Centred(nn.Module):
+    """By the mean of the batch, where no gradient shows it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(5, 8), nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = self.first(x)
+        hidden = hidden - hidden.nanmean(0).detach()
+        return self.last(torch.tanh(hidden))  # type: ignore[no-any-return]
+
+
+def _equal(x: Tensor) -> Tensor:
+    return x[:1].expand_as(x).clone()
+
+
+def _all_but_one_nan(x: Tensor) -> Tensor:
+    return torch.cat([torch.full_like(x[1:], torch.nan), x[:1]])
+
+
+FIRST = [torch.zeros_like, _equal, _all_but_one_nan, lambda x: torch.full_like(x, torch.nan), lambda x: _equal(x[:2])]
+
+
+@pytest.mark.parametrize("first", FIRST, ids=["zeros", "equal", "all but one nan", "nan", "two that are equal"])
+@pytest.mark.parametrize("forward_only", [False, True])
+def test_a_first_batch_that_shows_nothing_does_not_vouch_for_the_next(first: Any, forward_only: bool) -> None:
+    """A warm-up on zeros, or records that happen to be equal."""
+    model, (_, x, y) = Centred().double(), classifier()
+    model, optimizer, _ = made_private(model)
+    shows_nothing = first(x)
+    if forward_only:
+        model(shows_nothing)
+    else:
+        cross_entropy(model, shows_nothing, y[: len(shows_nothing)]).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    with pytest.raises(PrivacyError, match="output for a record changes"):
+        cross_entropy(model, x, y).backward()
+
+
+def test_a_first_batch_that_shows_something_is_rehearsed_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    rehearsed = []
+    real = proofs.check_forward
+    monkeypatch.setattr(proofs, "check_forward", lambda *a, **o: rehearsed.append(0) or real(*a, **o))
+    model, x, y = classifier()
+    model, optimizer, _ = made_private(model)
+    for batch in (torch.zeros_like(x), x, 2 * x, torch.zeros_like(x)):
+        cross_entropy(model, batch, y).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert len(rehearsed) == 2
+
+
+class DrawsAMatrix(Centred):
+    """Does not run where all that is drawn is one constant."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        drawn = torch.randn(3, 3, dtype=torch.float64)
+        root = torch.linalg.cholesky(drawn @ drawn.mT)
+        return super().forward(x) + 0.0 * root.sum()
+
+
+def test_a_model_that_does_not_run_on_constant_draws_is_looked_at_with_a_seed() -> None:
+    model, (_, x, y) = DrawsAMatrix().double(), classifier()
+    model, *_ = made_private(model)
+    with pytest.raises(PrivacyError, match="output for a record changes"):
+        cross_entropy(model, x, y).backward()

@@ -6,7 +6,7 @@ import random
 import warnings
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -141,7 +141,20 @@ def _projected(call: Call) -> Tensor:
     return total
 
 
-def check_forward(root: nn.Module, args: Any, kwargs: Any, n: int, *, batch_first: bool) -> bool:
+class Shown(NamedTuple):
+    """What a batch was able to show.
+
+    Attributes:
+        other_sizes: batches of other sizes could be compared: what the model draws is the same for a record in each of them.
+        tells: another record in the place of the first changed its output. In a batch of zeros (a warm-up) or of equal
+            records nothing would, and that the others stay says nothing.
+    """
+
+    other_sizes: bool
+    tells: bool
+
+
+def check_forward(root: nn.Module, args: Any, kwargs: Any, n: int, *, batch_first: bool) -> Shown:
     """Put another record in the place of one, and leave half of them out, then the other half: the outputs of the others must
     stay, and so must the buffers.
 
@@ -150,29 +163,44 @@ def check_forward(root: nn.Module, args: Any, kwargs: Any, n: int, *, batch_firs
     eval mode; its buffers and the random states (torch's, Python's, numpy's) stay untouched. Dropout is left out, and what the
     model draws from torch is constant: other records would get other numbers.
 
-    Returns:
-        Whether batches of other sizes could be compared: what the model draws is the same for a record in each of them.
-
     Raises:
         PrivacyError: when an output of a record, or a buffer, depends on another record.
     """
-    other_sizes = False
+    shown = Shown(other_sizes=False, tells=False)
     rows = Rows(n, batch_first, type(root).__name__)
     batch = (args, kwargs)
     changed = with_first_replaced(batch, n, batch_first=batch_first)
     halves = range(n // 2, n), range(n - n // 2)  # of two records at least, where there are three
     for training in (True, False):
-        with torch.no_grad(), torch.random.fork_rng(), _mode(root, training=training), NoDraws(), _Constant():  # type: ignore[no-untyped-call]
+        with torch.no_grad(), torch.random.fork_rng(), _mode(root, training=training), NoDraws():
             whole, other, replays = _repeatable(root, batch, changed, rows.path)
             others = [(other, range(1, n))]
             # Batches of another size would get other numbers for each record.
             comparable = whole is not None and not whole.drew and not replays
-            other_sizes = comparable if training else other_sizes
+            if training:
+                shown = Shown(comparable, _tells(rows, whole, other))
             if comparable:
                 others += [(_forward(root, some_of(batch, n, half, batch_first=batch_first)), half) for half in halves]
         for other, kept in others:
             _compare_all(rows, whole, other, kept)
-    return other_sizes
+    return shown
+
+
+def _tells(rows: Rows, before: _Outcome | None, after: _Outcome | None) -> bool:
+    """Whether the first record's output moved, and there are others of which it can be seen whether theirs did."""
+    if before is None or after is None:
+        return True  # nothing can be compared, in this batch or in the next
+    for one, other in zip(before.outputs, after.outputs, strict=True):
+        dim = rows.dim(one)
+        if dim is None or one.shape != other.shape:
+            continue
+        fold = one.shape[dim] // rows.n
+        both = one.isfinite() & other.isfinite()
+        first, rest = both.narrow(dim, 0, fold), both.narrow(dim, fold, one.shape[dim] - fold)
+        moved = (one != other).narrow(dim, 0, fold) & first
+        if bool(moved.any()) and bool(rest.any()):
+            return True
+    return False
 
 
 def check_alone(root: nn.Module, args: Any, kwargs: Any) -> None:
@@ -182,7 +210,7 @@ def check_alone(root: nn.Module, args: Any, kwargs: Any) -> None:
         PrivacyError: when a buffer depends on the record, or the model remembers something elsewhere.
     """
     batch, path = (args, kwargs), type(root).__name__
-    with torch.no_grad(), torch.random.fork_rng(), NoDraws(), _Constant():  # type: ignore[no-untyped-call]
+    with torch.no_grad(), torch.random.fork_rng(), NoDraws():
         first, second, _ = _repeatable(root, batch, map_tensors(_turned, batch), path)
     if first is not None and second is not None:
         _compare_buffers(path, first.buffers, second.buffers)
@@ -192,11 +220,14 @@ def _repeatable(root: nn.Module, batch: Any, other: Any, path: str) -> tuple[_Ou
     """Forwards of two batches, after which one of the first gave the same again: nothing of the second was remembered.
 
     Returns:
-        Both, and whether that needed the same seed: the model draws in a way that `_Constant` does not know.
+        Both, and whether that needed the same seed: the model draws in a way that `_Constant` does not know, or does not run
+        on constants.
     """
-    for seeded in (False, True):
-        first, second, again = (_forward(root, records, seeded=seeded) for records in (batch, other, batch))
-        if _same_outcome(first, again):
+    for seeded, constant in ((False, True), (True, True), (True, False)):
+        first, second, again = (
+            _forward(root, records, seeded=seeded, constant=constant) for records in (batch, other, batch)
+        )
+        if _same_outcome(first, again) and (first is not None or not constant):
             return first, second, seeded
     raise PrivacyError(
         f"{path}: two forwards of the same records gave different outputs, though the random numbers of torch, numpy and Python "
@@ -269,14 +300,14 @@ def _drawn() -> tuple[object, ...]:
     return random.getstate(), np.asarray(keys).tobytes(), *rest
 
 
-def _forward(root: nn.Module, batch: Any, *, seeded: bool = False) -> _Outcome | None:
-    """None where the model does not run on these records. ``seeded`` forwards draw the same numbers from torch."""
+def _forward(root: nn.Module, batch: Any, *, seeded: bool = False, constant: bool = True) -> _Outcome | None:
+    """None where the model does not run on these records. ``seeded`` forwards draw the same numbers from torch, or a constant."""
     args, kwargs = map_tensors(lambda t: t.detach().clone(), batch)
     buffers = {name: buffer.clone() for name, buffer in root.named_buffers()}
     if seeded:
         torch.manual_seed(0)
     try:
-        with no_gradients(), draws_put_back():
+        with no_gradients(), draws_put_back(), _Constant() if constant else nullcontext():  # type: ignore[no-untyped-call]
             before = _drawn()
             outputs = tensors(functional_call(root, buffers, args, kwargs))
             drew = _drawn() != before

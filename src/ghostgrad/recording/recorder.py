@@ -225,15 +225,17 @@ class Recorder:
             (self._rehearsed if several else self._rehearsed_alone).update(training)
 
     def _rehearse_alone(self, args: Any, kwargs: Any, n: int) -> bool:
+        """Whether it came to an end, on records that show something: else the next batch is rehearsed as well."""
+        tells = True
         with proofs.shaken(self.root):
             with self.modules.paused():
                 if n > 1:
-                    sizes = proofs.check_forward(self.root, args, kwargs, n, batch_first=self.batch_first)
+                    sizes, tells = proofs.check_forward(self.root, args, kwargs, n, batch_first=self.batch_first)
                     if self._in_step is None:
                         check_backward(self.modules, args, kwargs, n, other_sizes=sizes)
                 else:
                     proofs.check_alone(self.root, args, kwargs)
-            return Rehearsal(self.modules).run(args, kwargs, n)
+            return Rehearsal(self.modules).run(args, kwargs, n) and tells
 
     @staticmethod
     def _stand_in(tape: Tape, args: Any, kwargs: Any) -> Any:
