@@ -178,3 +178,50 @@ def test_a_model_that_does_not_run_on_constant_draws_is_looked_at_with_a_seed() 
     model, *_ = made_private(model)
     with pytest.raises(PrivacyError, match="output for a record changes"):
         cross_entropy(model, x, y).backward()
+
+
+DRAWS = {
+    "bernoulli": lambda h: torch.bernoulli(h.sigmoid()),
+    "bernoulli_": lambda h: torch.empty_like(h).bernoulli_(h.sigmoid()),
+    "normal": lambda h: torch.normal(h, 0.1),
+    "normal of both": lambda h: torch.normal(h, h.abs() + 0.1),
+    "poisson": lambda h: torch.poisson(4 * h.exp()),
+    "gamma": lambda h: torch._standard_gamma(h.exp()),
+    "dirichlet": lambda h: torch._sample_dirichlet(h.exp()),
+    "multinomial": lambda h: torch.multinomial(h.softmax(1), 2, replacement=True).repeat(1, 4).to(h),
+    "rrelu": lambda h: torch.rrelu(h, training=True).detach(),
+}
+
+
+class Drawing(nn.Module):
+    """Trains on what is drawn from a distribution of its own first layer, which may be taken over the batch."""
+
+    def __init__(self, draw: Any, *, centred: bool) -> None:
+        super().__init__()
+        self.draw, self.centred = draw, centred
+        self.frozen, self.last = nn.Linear(5, 8).requires_grad_(requires_grad=False), nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = 3 * self.frozen(x)
+        if self.centred:
+            hidden = hidden - hidden.mean(0)
+        return self.last(self.draw(hidden.detach()))  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("name", DRAWS)
+def test_what_a_distribution_is_taken_over_is_seen_through_its_draws(name: str) -> None:
+    torch.manual_seed(0)
+    _, x, y = classifier()
+    model, *_ = made_private(Drawing(DRAWS[name], centred=True).double())
+    with pytest.raises(PrivacyError, match="output for a record changes"):
+        cross_entropy(model, x, y).backward()
+
+
+@pytest.mark.parametrize("name", DRAWS)
+def test_distributions_of_each_record_are_drawn_from(name: str) -> None:
+    torch.manual_seed(0)
+    _, x, y = classifier()
+    model, optimizer, _ = made_private(Drawing(DRAWS[name], centred=False).double())
+    cross_entropy(model, x, y).backward()
+    optimizer.step()
+    assert 0 < sum(p.grad.square().sum() for p in model.parameters() if p.grad is not None) ** 0.5 <= 6 * C * (1 + 1e-6)

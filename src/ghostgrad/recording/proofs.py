@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 import warnings
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any, NamedTuple
@@ -369,7 +369,7 @@ class NoDraws(TorchFunctionMode):
         kwargs = dict(kwargs or {})
         if func in self._DROPOUTS:
             return args[0] if args else kwargs["input"]
-        if func in (torch.rrelu, torch.rrelu_):
+        if func in (torch.rrelu, torch.rrelu_, F.rrelu):
             kwargs["training"] = False
             args = args[:3]
         if func is F.scaled_dot_product_attention:
@@ -379,15 +379,39 @@ class NoDraws(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
+_OF_ITS_INPUT: dict[str, Callable[..., Tensor]] = {
+    "bernoulli.default": lambda p: p > 0.5,
+    "bernoulli_.Tensor": lambda _, p: p > 0.5,
+    "normal.Tensor_Tensor": lambda mean, std: mean + 0.5 * std,
+    "normal.Tensor_float": lambda mean, std=1.0: mean + 0.5 * std,
+    "normal.float_Tensor": lambda mean, std: mean + 0.5 * std,
+    "poisson.default": lambda rate: rate.floor(),
+    "binomial.default": lambda count, p: (count * p).floor(),
+    "_standard_gamma.default": lambda alpha: alpha,
+    "_sample_dirichlet.default": lambda alpha: alpha / alpha.sum(-1, keepdim=True),
+    "multinomial.default": lambda p, count, *_: p.argmax(-1, keepdim=True).expand(*p.shape[:-1], count),
+}
+"""What stands for a draw from a distribution that the model worked out: something of each record's own parameters."""
+
+
 class _Constant(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Draws one half instead of random numbers (0 for whole ones), so that batches of other sizes can be compared."""
+    """Draws one half instead of random numbers (0 for whole ones), so that batches of other sizes can be compared.
+
+    What is drawn from a distribution follows its parameters still: a constant would hide that they were taken over the batch.
+    """
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
-        of_its_input = any(word in func.__name__ for word in ("dropout", "attention"))
-        if torch.Tag.nondeterministic_seeded in func.tags and not of_its_input:
+        as_it_is = any(
+            word in func.__name__ for word in ("dropout", "attention", "rrelu")
+        )  # `NoDraws` has left draws out
+        if torch.Tag.nondeterministic_seeded in func.tags and not as_it_is:
+            typical = _OF_ITS_INPUT.get(func.__name__)
             for tensor in tensors(out):
-                tensor.fill_(0.5 if tensor.is_floating_point() else 0)
+                if typical is not None:
+                    tensor.copy_(typical(*args))
+                else:
+                    tensor.fill_(0.5 if tensor.is_floating_point() else 0)
         return out
 
 
