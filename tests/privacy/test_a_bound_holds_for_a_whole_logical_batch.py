@@ -57,3 +57,25 @@ def test_a_parameter_that_is_listed_twice_later_is_refused() -> None:
     optimizer.param_groups[0]["params"].append(model[0].weight)
     with pytest.raises(PrivacyError, match="in the optimizer more than once"):
         cross_entropy(model, x, y).backward()
+
+
+class Interrupted(dict):  # type: ignore[type-arg]
+    """Lets itself be written once."""
+
+    def __setitem__(self, key: object, value: object) -> None:
+        if self:
+            raise KeyboardInterrupt
+        super().__setitem__(key, value)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_records_that_an_interrupt_left_in_a_part_of_the_sum_do_not_come_again(mode: str) -> None:
+    model, x, y = classifier()
+    _, optimizer, _ = made_private(model, grad_sample_mode=mode)
+    optimizer.total._sums = Interrupted()
+    with pytest.raises(KeyboardInterrupt):
+        cross_entropy(model, x[:1], y[:1]).backward()
+    assert len(optimizer.total._sums) == 1
+    optimizer.total._sums = dict(optimizer.total._sums)
+    with pytest.raises(PrivacyError, match="the same records went through a backward before"):
+        cross_entropy(model, x[:1], y[:1]).backward()

@@ -225,3 +225,36 @@ def test_distributions_of_each_record_are_drawn_from(name: str) -> None:
     cross_entropy(model, x, y).backward()
     optimizer.step()
     assert 0 < sum(p.grad.square().sum() for p in model.parameters() if p.grad is not None) ** 0.5 <= 6 * C * (1 + 1e-6)
+
+
+class Choosing(nn.Module):
+    """Puts out a mask beside its scores; a loss may count the records in it."""
+
+    def __init__(self, choose: Any) -> None:
+        super().__init__()
+        self.first, self.last, self.choose = nn.Linear(5, 8), nn.Linear(8, 3), choose
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        hidden = torch.tanh(self.first(x))
+        return self.last(hidden), self.choose(hidden.detach().sum(1))
+
+
+def _chosen_only(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+    scores, chosen = model(x)
+    return (torch.nn.functional.cross_entropy(scores, y, reduction="none") * chosen).mean()
+
+
+def test_a_mask_that_the_model_takes_over_the_batch_is_refused() -> None:
+    torch.manual_seed(0)
+    _, x, y = classifier()
+    x[0], x[1] = 10 * x[0].abs(), -10 * x[1].abs()
+    model, *_ = made_private(Choosing(lambda sums: sums > sums.mean()).double())
+    with pytest.raises(PrivacyError, match="output for a record changes"):
+        _chosen_only(model, x, y).backward()
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_mask_of_each_record_is_trained_with(mode: str) -> None:
+    torch.manual_seed(0)
+    _, x, y = classifier()
+    assert sensitivity(Choosing(lambda sums: sums > 0).double(), _chosen_only, x, y, mode) <= C * (1 + 1e-6)

@@ -235,9 +235,7 @@ class ClippedSum:
         self.statistic += statistic
         self._seen += [] if seen is None else [seen]
         self.not_finite += dropped
-        for parameter, part in sums.items():
-            known = self._sums.get(parameter)
-            self._sums[parameter] = part if known is None else known.add_(part)
+        # Noted first: records of which a part was added before an interrupt must not come again.
         delivery, rows = tapes[0].delivery, tapes[0].rows
         if rows is not None and tapes[0].n:
             self._used[rows.data_ptr()] = rows, rows._version
@@ -246,6 +244,9 @@ class ClippedSum:
             self._last = delivery
             self.logical_batches.add(delivery.logical_batch)
             self.epochs.add(delivery.epoch)
+        for parameter, part in sums.items():
+            known = self._sums.get(parameter)
+            self._sums[parameter] = part if known is None else known.add_(part)
 
     @property
     def consumed(self) -> bool:

@@ -248,6 +248,9 @@ def _compare_all(rows: Rows, before: _Outcome | None, after: _Outcome | None, ke
         return
     for first, second in zip(before.outputs, after.outputs, strict=True):
         _compare(rows, first, second, kept)
+    for first, second in zip(before.whole_numbers, after.whole_numbers, strict=True):
+        if first.shape == second.shape:  # in a batch of another size rounding can turn a choice
+            _compare(rows, first, second, kept)
     _compare_buffers(rows.path, before.buffers, after.buffers)
 
 
@@ -268,9 +271,12 @@ def no_gradients() -> Iterator[None]:
 
 
 class _Outcome(NamedTuple):
-    """What a forward did: its floating-point outputs, the buffers as it left them, whether it drew from Python or numpy."""
+    """What a forward did: its outputs, the buffers as it left them, whether it drew from Python or numpy."""
 
     outputs: list[Tensor]
+    """The floating-point ones."""
+    whole_numbers: list[Tensor]
+    """The others: choices and masks, which a loss may weigh the records by."""
     buffers: dict[str, Tensor]
     drew: bool
 
@@ -313,7 +319,8 @@ def _forward(root: nn.Module, batch: Any, *, seeded: bool = False, constant: boo
             drew = _drawn() != before
     except DOES_NOT_RUN:
         return None
-    return _Outcome([t for t in outputs if t.is_floating_point()], buffers, drew)
+    floating = [t for t in outputs if t.is_floating_point()]
+    return _Outcome(floating, [t for t in outputs if not t.is_floating_point()], buffers, drew)
 
 
 def _compare(rows: Rows, before: Tensor, after: Tensor, records: range) -> None:
@@ -323,7 +330,8 @@ def _compare(rows: Rows, before: Tensor, after: Tensor, records: range) -> None:
     fold = before.shape[dim] // rows.n
     kept = before.narrow(dim, records.start * fold, len(records) * fold)
     same = after.narrow(dim, records.start * fold, kept.shape[dim]) if after.shape == before.shape else after
-    if kept.shape != same.shape or not _close(kept, same):
+    close = _close if before.is_floating_point() else torch.equal
+    if kept.shape != same.shape or not close(kept, same):
         raise PrivacyError(
             f"{rows.path}: the output for a record changes when another record leaves the batch or changes, so a record's "
             f"influence is not bounded by clipping its own gradient. Remove what depends on the whole batch (statistics over the "
