@@ -274,6 +274,8 @@ def noisy_by_a_torch_generator_of_its_own(m: nn.Module, h: Tensor) -> Tensor:
 )
 def test_models_that_mix_records_are_refused(mode: str, mix: Callable[[nn.Module, Tensor], Tensor]) -> None:
     _, x, y = classifier()
+    np.random.seed(0)  # a permutation that happens to move nobody shows nothing
+    random.seed(0)
     with pytest.raises(PrivacyError):
         released_sum(Mixing(mix), cross_entropy, x, y, mode)
 
