@@ -31,6 +31,9 @@ sizes round differently)."""
 _SAME_KIND = {torch.float64: 10.0, torch.float32: 10.0}
 """How much larger a value may be than what moved, to be counted in its scale. In half precision what is small moves first."""
 
+_SEEDS = range(3)
+"""Draws of Python's and numpy's generators that are tried beside the one that comes: a permutation may happen to move nobody."""
+
 DOES_NOT_RUN = (RuntimeError, ValueError, AssertionError, LookupError, TypeError)
 """What a model raises on records that it cannot take."""
 
@@ -181,8 +184,13 @@ def check_forward(root: nn.Module, args: Any, kwargs: Any, n: int, *, batch_firs
                 shown = Shown(comparable, _tells(rows, whole, other))
             if comparable:
                 others += [(_forward(root, some_of(batch, n, half, batch_first=batch_first)), half) for half in halves]
-        for other, kept in others:
-            _compare_all(rows, whole, other, kept)
+            for other, kept in others:
+                _compare_all(rows, whole, other, kept)
+            for seed in _SEEDS if whole is not None and whole.drew else ():
+                with draws_put_back():
+                    _seed_others(seed)
+                    pair = [_forward(root, records, seeded=replays) for records in (batch, changed)]
+                _compare_all(rows, *pair, range(1, n))
     return shown
 
 
@@ -298,6 +306,12 @@ def without_draws(root: nn.Module) -> Iterator[None]:
     with torch.random.fork_rng(), draws_put_back(), _mode(root, training=True), NoDraws(), _Constant():  # type: ignore[no-untyped-call]
         torch.manual_seed(0)
         yield
+
+
+def _seed_others(seed: int) -> None:
+    """Python's and numpy's global generators; torch's is seen to otherwise."""
+    random.seed(seed)
+    np.random.seed(seed)
 
 
 def _drawn() -> tuple[object, ...]:
