@@ -232,5 +232,14 @@ def _resident(entry: str) -> float:
     return int(line.split()[1]) / 1024
 
 
+# ---------------------------------------------------------------------------------- pages
+
+
+def put_between(page: Path, begin: str, end: str, text: str) -> None:
+    """Replace what stands between two marks on a page."""
+    before, rest = page.read_text().split(begin)
+    page.write_text(f"{before}{begin}\n\n{text}\n\n{end}{rest.split(end, 1)[1]}")
+
+
 if __name__ == "__main__":
     print(json.dumps({"peak": _own_peak(sys.argv[1], sys.argv[2])}))

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from _harness import interleaved
+from _harness import interleaved, put_between
 from _workloads import WORKLOADS, Workload
 from torch import nn
 from torch._dynamo.utils import counters
@@ -97,9 +97,7 @@ def main() -> None:
     text = "\n".join("| " + " | ".join(cells) + " |" for cells in rows)
     print(text)
     if options.write:
-        page = PAGE.read_text()
-        start, end = page.index(BEGIN) + len(BEGIN), page.index(END)
-        PAGE.write_text(f"{page[:start]}\n\n{text}\n\n{page[end:]}")
+        put_between(PAGE, BEGIN, END, text)
 
 
 if __name__ == "__main__":

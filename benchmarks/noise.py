@@ -16,7 +16,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from _harness import interleaved, ratios
+from _harness import interleaved, put_between, ratios
 from scipy import stats
 from torch import Tensor
 
@@ -83,8 +83,7 @@ def main() -> None:
     table = "\n".join(head + [measure(size, arguments.seconds) for size in SIZES])
     print(table)
     if arguments.write:
-        before, rest = PAGE.read_text().split(BEGIN)
-        PAGE.write_text(f"{before}{BEGIN}\n\n{table}\n\n{END}{rest.split(END)[1]}")
+        put_between(PAGE, BEGIN, END, table)
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from _harness import clipped_mean_by_hand, distance, interleaved, prepare
+from _harness import clipped_mean_by_hand, distance, interleaved, prepare, put_between
 from _workloads import WORKLOADS
 
 from ghostgrad.clipping.clipper import Clipper
@@ -144,9 +144,7 @@ def main() -> None:
     text = "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
     print(text)
     if options.write:
-        page = PAGE.read_text()
-        start, end = page.index(BEGIN) + len(BEGIN), page.index(END)
-        PAGE.write_text(f"{page[:start]}\n\n{text}\n\n{page[end:]}")
+        put_between(PAGE, BEGIN, END, text)
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from _harness import METHODS, clipped_mean_by_hand, distance, interleaved, peak, prepare, ratios, work
+from _harness import METHODS, clipped_mean_by_hand, distance, interleaved, peak, prepare, put_between, ratios, work
 from _workloads import WORKLOADS
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "performance.md"
@@ -135,10 +135,8 @@ def write(results: list[Result], methods: list[str]) -> None:
     FIGURES.mkdir(exist_ok=True)
     for quantity in ("time", "memory"):
         draw(results, methods, quantity, FIGURES / f"{quantity}.svg")
-    page = PAGE.read_text()
-    start, end = page.index(BEGIN) + len(BEGIN), page.index(END)
     body = "\n\n".join(part for part in (table(results, methods), failures(results)) if part)
-    PAGE.write_text(f"{page[:start]}\n\n{body}\n\n{page[end:]}")
+    put_between(PAGE, BEGIN, END, body)
 
 
 def main() -> None:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ghostgrad.distributed import is_split
 from ghostgrad.errors import ConfigurationError
-from ghostgrad.recording.proofs import NoDraws
+from ghostgrad.recording.draws import NoDraws
 from ghostgrad.tree import map_tensors, tensors
 
 LossFunction = Callable[[Any, Any], Tensor]

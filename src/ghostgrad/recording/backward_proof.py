@@ -15,9 +15,10 @@ from torch.func import functional_call
 
 from ghostgrad.errors import PrivacyError
 from ghostgrad.layers import Rows
+from ghostgrad.recording.draws import without_draws
 from ghostgrad.recording.losses import watch
 from ghostgrad.recording.modules import Modules
-from ghostgrad.recording.proofs import DOES_NOT_RUN, mask_records, without_draws
+from ghostgrad.recording.proofs import DOES_NOT_RUN, mask_records
 from ghostgrad.recording.rows import some_of, with_first_replaced
 from ghostgrad.tree import map_tensors, tensors
 

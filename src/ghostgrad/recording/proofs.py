@@ -2,25 +2,21 @@
 
 from __future__ import annotations
 
-import random
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
-from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from ghostgrad.distributed import local
 from ghostgrad.errors import PrivacyError
 from ghostgrad.layers import Call, Rows, Rule
+from ghostgrad.recording.draws import SEEDS, Constant, NoDraws, drawn, draws_put_back, in_mode, seed_others
 from ghostgrad.recording.rows import some_of, with_first_replaced
 from ghostgrad.tree import map_tensors, tensors
 
@@ -30,9 +26,6 @@ sizes round differently)."""
 
 _SAME_KIND = {torch.float64: 10.0, torch.float32: 10.0}
 """How much larger a value may be than what moved, to be counted in its scale. In half precision what is small moves first."""
-
-_SEEDS = range(3)
-"""Draws of Python's and numpy's generators that are tried beside the one that comes: a permutation may happen to move nobody."""
 
 DOES_NOT_RUN = (RuntimeError, ValueError, AssertionError, LookupError, TypeError)
 """What a model raises on records that it cannot take."""
@@ -175,7 +168,7 @@ def check_forward(root: nn.Module, args: Any, kwargs: Any, n: int, *, batch_firs
     changed = with_first_replaced(batch, n, batch_first=batch_first)
     halves = range(n // 2, n), range(n - n // 2)  # of two records at least, where there are three
     for training in (True, False):
-        with torch.no_grad(), torch.random.fork_rng(), _mode(root, training=training), NoDraws():
+        with torch.no_grad(), torch.random.fork_rng(), in_mode(root, training=training), NoDraws():
             whole, other, replays = _repeatable(root, batch, changed, rows.path)
             others = [(other, range(1, n))]
             # Batches of another size would get other numbers for each record.
@@ -186,11 +179,11 @@ def check_forward(root: nn.Module, args: Any, kwargs: Any, n: int, *, batch_firs
                 others += [(_forward(root, some_of(batch, n, half, batch_first=batch_first)), half) for half in halves]
             for other, kept in others:
                 _compare_all(rows, whole, other, kept)
-            for seed in _SEEDS if whole is not None and whole.drew else ():
+            for seed in SEEDS if whole is not None and whole.drew else ():
                 with draws_put_back():
-                    _seed_others(seed)
-                    pair = [_forward(root, records, seeded=replays) for records in (batch, changed)]
-                _compare_all(rows, *pair, range(1, n))
+                    seed_others(seed)
+                    first, second = (_forward(root, records, seeded=replays) for records in (batch, changed))
+                _compare_all(rows, first, second, range(1, n))
     return shown
 
 
@@ -228,7 +221,7 @@ def _repeatable(root: nn.Module, batch: Any, other: Any, path: str) -> tuple[_Ou
     """Forwards of two batches, after which one of the first gave the same again: nothing of the second was remembered.
 
     Returns:
-        Both, and whether that needed the same seed: the model draws in a way that `_Constant` does not know, or does not run
+        Both, and whether that needed the same seed: the model draws in a way that `Constant` does not know, or does not run
         on constants.
     """
     for seeded, constant in ((False, True), (True, True), (True, False)):
@@ -289,37 +282,6 @@ class _Outcome(NamedTuple):
     drew: bool
 
 
-@contextmanager
-def draws_put_back() -> Iterator[None]:
-    """Leaves the generators of Python and numpy as they were; torch has `torch.random.fork_rng` for its own."""
-    python, numpy = random.getstate(), np.random.get_state()
-    try:
-        yield
-    finally:
-        random.setstate(python)
-        np.random.set_state(numpy)
-
-
-@contextmanager
-def without_draws(root: nn.Module) -> Iterator[None]:
-    """Dropout is left out, what is drawn from torch is constant, and other generators begin at the same place each time."""
-    with torch.random.fork_rng(), draws_put_back(), _mode(root, training=True), NoDraws(), _Constant():  # type: ignore[no-untyped-call]
-        torch.manual_seed(0)
-        yield
-
-
-def _seed_others(seed: int) -> None:
-    """Python's and numpy's global generators; torch's is seen to otherwise."""
-    random.seed(seed)
-    np.random.seed(seed)
-
-
-def _drawn() -> tuple[object, ...]:
-    """Tells whether something was drawn in between two calls."""
-    _, keys, *rest = np.random.get_state(legacy=True)
-    return random.getstate(), np.asarray(keys).tobytes(), *rest
-
-
 def _forward(root: nn.Module, batch: Any, *, seeded: bool = False, constant: bool = True) -> _Outcome | None:
     """None where the model does not run on these records. ``seeded`` forwards draw the same numbers from torch, or a constant."""
     args, kwargs = map_tensors(lambda t: t.detach().clone(), batch)
@@ -327,10 +289,10 @@ def _forward(root: nn.Module, batch: Any, *, seeded: bool = False, constant: boo
     if seeded:
         torch.manual_seed(0)
     try:
-        with no_gradients(), draws_put_back(), _Constant() if constant else nullcontext():  # type: ignore[no-untyped-call]
-            before = _drawn()
+        with no_gradients(), draws_put_back(), Constant() if constant else nullcontext():  # type: ignore[no-untyped-call]
+            before = drawn()
             outputs = tensors(functional_call(root, buffers, args, kwargs))
-            drew = _drawn() != before
+            drew = drawn() != before
     except DOES_NOT_RUN:
         return None
     floating = [t for t in outputs if t.is_floating_point()]
@@ -377,66 +339,6 @@ def _close(before: Tensor, after: Tensor) -> bool:
     return bool(gap.max() <= _TOLERANCE.get(before.dtype, 1e-3) * scale)
 
 
-class NoDraws(TorchFunctionMode):
-    """Leaves dropout out wherever it is called, so that the rest of a forward can be compared."""
-
-    _DROPOUTS = frozenset(
-        {
-            torch.dropout, torch.feature_dropout, torch.alpha_dropout, F.dropout, F.dropout1d, F.dropout2d, F.dropout3d,
-            F.alpha_dropout, F.feature_alpha_dropout,
-        }
-    )  # fmt: skip
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = dict(kwargs or {})
-        if func in self._DROPOUTS:
-            return args[0] if args else kwargs["input"]
-        if func in (torch.rrelu, torch.rrelu_, F.rrelu):
-            kwargs["training"] = False
-            args = args[:3]
-        if func is F.scaled_dot_product_attention:
-            args = (*args[:4], 0.0, *args[5:]) if len(args) > 4 else args
-            if "dropout_p" in kwargs:
-                kwargs["dropout_p"] = 0.0
-        return func(*args, **kwargs)
-
-
-_OF_ITS_INPUT: dict[str, Callable[..., Tensor]] = {
-    "bernoulli.default": lambda p: p > 0.5,
-    "bernoulli_.Tensor": lambda _, p: p > 0.5,
-    "normal.Tensor_Tensor": lambda mean, std: mean + 0.5 * std,
-    "normal.Tensor_float": lambda mean, std=1.0: mean + 0.5 * std,
-    "normal.float_Tensor": lambda mean, std: mean + 0.5 * std,
-    "poisson.default": lambda rate: rate.floor(),
-    "binomial.default": lambda count, p: (count * p).floor(),
-    "_standard_gamma.default": lambda alpha: alpha,
-    "_sample_dirichlet.default": lambda alpha: alpha / alpha.sum(-1, keepdim=True),
-    "multinomial.default": lambda p, count, *_: p.argmax(-1, keepdim=True).expand(*p.shape[:-1], count),
-}
-"""What stands for a draw from a distribution that the model worked out: something of each record's own parameters."""
-
-
-class _Constant(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Draws one half instead of random numbers (0 for whole ones), so that batches of other sizes can be compared.
-
-    What is drawn from a distribution follows its parameters still: a constant would hide that they were taken over the batch.
-    """
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        as_it_is = any(
-            word in func.__name__ for word in ("dropout", "attention", "rrelu")
-        )  # `NoDraws` has left draws out
-        if torch.Tag.nondeterministic_seeded in func.tags and not as_it_is:
-            typical = _OF_ITS_INPUT.get(func.__name__)
-            for tensor in tensors(out):
-                if typical is not None:
-                    tensor.copy_(typical(*args))
-                else:
-                    tensor.fill_(0.5 if tensor.is_floating_point() else 0)
-        return out
-
-
 @contextmanager
 def shaken(root: nn.Module) -> Iterator[None]:
     """Moves every parameter a little inside: with a zero-initialised head nothing would show that records meet."""
@@ -465,20 +367,3 @@ def gradients_set_aside(root: nn.Module) -> Iterator[None]:
     finally:
         for p, grad in before:
             p.grad = grad
-
-
-@contextmanager
-def _mode(root: nn.Module, *, training: bool) -> Iterator[None]:
-    """Everything in eval mode, or, for ``training``, only dropout."""
-    switched = [
-        module
-        for module in root.modules()
-        if module.training and (not training or isinstance(module, nn.modules.dropout._DropoutNd))
-    ]
-    try:
-        for module in switched:
-            module.training = False
-        yield
-    finally:
-        for module in switched:
-            module.training = True

@@ -23,6 +23,7 @@ from ghostgrad.distributed import is_split
 from ghostgrad.errors import ConfigurationError, GhostgradError, PrivacyError, UnsupportedModuleError
 from ghostgrad.layers import Call, Rows, Rule
 from ghostgrad.recording import proofs
+from ghostgrad.recording.draws import draws_put_back
 from ghostgrad.recording.losses import watch
 from ghostgrad.recording.modules import Modules
 from ghostgrad.recording.places import Known, Observed, one_more
@@ -147,7 +148,7 @@ class Rehearsal:
         modules = self._modules
         outer, modules.tape = modules.tape, Tape(n, None)
         try:
-            with torch.random.fork_rng(), proofs.draws_put_back():
+            with torch.random.fork_rng(), draws_put_back():
                 torch.manual_seed(0)
                 yield
         finally:
