@@ -90,11 +90,11 @@ def test_a_full_disk_leaves_the_old_checkpoint(way: str, tmp_path: Path, monkeyp
 
 
 def test_a_limit_of_the_system_on_the_size_of_files_leaves_the_old_checkpoint(tmp_path: Path) -> None:
-    run = Run().step()
-    path = run.save(tmp_path / "checkpoint")
+    path = Run().step().save(tmp_path / "checkpoint")
     before = path.read_bytes()
 
     def limited() -> None:
+        run = Run().step()
         resource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000))
         with pytest.raises(CheckpointError, match="could not be written"):
             run.save(path)
