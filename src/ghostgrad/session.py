@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -21,7 +21,7 @@ from ghostgrad.noise import GeneratorGaussian, KeyedGaussian, NoiseMechanism
 from ghostgrad.optimizer import DPOptimizer
 from ghostgrad.provenance import UNKNOWN, Provenance
 from ghostgrad.recording import Delivery, Recorder
-from ghostgrad.sampling import DPDataLoader
+from ghostgrad.sampling import DPDataLoader, Padding
 from ghostgrad.schedulers import Schedule, value_at
 from ghostgrad.spending import Budget, PoissonSpending, ShuffledSpending, Spending
 
@@ -72,6 +72,12 @@ class SessionPlan:
             return None
         feed = self.loader.feed
         return lambda: Delivery(feed.delivered, feed.records, feed.logical_batch, feed.last, feed.epoch)
+
+    @property
+    def padding(self) -> Callable[[], Sequence[Padding]]:
+        """Which records of that were padded because of others."""
+        feed = None if self.loader is None else self.loader.feed
+        return lambda: () if feed is None else feed.padding()
 
     def provenance(self, key: RunKey, *, secure: bool) -> Provenance:
         """How its releases are made, with noise of that key where it is not of a generator of the user's."""
@@ -144,6 +150,7 @@ class Session:
             accumulation_steps=1 if loader is None else loader.accumulation_steps,
             shards=plan.shards,
             slices=plan.slices,
+            padding=plan.padding,
         )
         self.recorder.attach()
         self.optimizer = DPOptimizer(

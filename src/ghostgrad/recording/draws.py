@@ -14,21 +14,11 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from ghostgrad._generators import draws_put_back
 from ghostgrad.tree import tensors
 
 SEEDS = range(3)
 """Draws of Python's and numpy's generators that are tried beside the one that comes: a permutation may happen to move nobody."""
-
-
-@contextmanager
-def draws_put_back() -> Iterator[None]:
-    """Leaves the generators of Python and numpy as they were; torch has `torch.random.fork_rng` for its own."""
-    python, numpy = random.getstate(), np.random.get_state()
-    try:
-        yield
-    finally:
-        random.setstate(python)
-        np.random.set_state(numpy)
 
 
 @contextmanager

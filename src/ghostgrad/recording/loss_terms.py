@@ -14,7 +14,7 @@ from ghostgrad.recording import loss_constants, separable
 from ghostgrad.recording.loss_graph import BOUNDARY, below, is_opaque, is_python_number, numbers, shapes
 from ghostgrad.recording.scalers import is_scaled
 
-_MEAN, _SUM = 1, 2
+MEAN, _SUM = 1, 2
 """`at::Reduction` in the saved attributes of torch's loss nodes."""
 
 _PASSING = (
@@ -57,10 +57,10 @@ class Scale(NamedTuple):
         """Divided by the number of elements of a mean."""
         return Scale(self.factor / count, self.written, (*self.averages, 1 / count))
 
-    def without(self, divisors: Sequence[int]) -> Scale | None:
-        """The same without one division by one of these; None if there is none."""
+    def without(self, divisor: int) -> Scale | None:
+        """The same without one division by that number; None if there is none."""
         for i, number in enumerate(self.written + self.averages):
-            if any(math.isclose(abs(number) * divisor, 1.0, rel_tol=_RELATIVE) for divisor in divisors):
+            if math.isclose(abs(number) * divisor, 1.0, rel_tol=_RELATIVE):
                 written = self.written[:i] + self.written[i + 1 :]
                 return self._replace(factor=self.factor / abs(number), written=written)
         return None
@@ -76,6 +76,7 @@ class Term(NamedTuple):
         written: the numbers that the user multiplied it by, but for that divisor.
         inside: the nodes between the reduction and the model, the reduction first.
         of_one: whether it is about one record of several (a loop over the records).
+        elements: the number of its elements, where it is a sum that is divided by that; else 0.
     """
 
     factor: float
@@ -84,6 +85,7 @@ class Term(NamedTuple):
     written: tuple[float, ...] = ()
     inside: tuple[Any, ...] = ()
     of_one: bool = False
+    elements: int = 0
 
 
 def check(root: Any, nodes: Sequence[Any], n: int, delivered: int, knowledge: Any) -> list[Term]:
@@ -234,15 +236,15 @@ class _Reader:
     def _of_one(self, node: Any, scale: Scale) -> Term:
         inside = self._inside(node)
         inner, scale = self._drawn(node, scale)
-        mean = scale.without((self._n,)) if self._knowledge.reduction == "mean" else None
+        mean = scale.without(self._n) if self._knowledge.reduction == "mean" else None
         factor, written, _ = scale if mean is None else mean
         return Term(factor, mean is not None, inner, written, inside, of_one=True)
 
     def _read(self, node: Any, scale: Scale) -> list[_Part] | Term:
         name = node.name()
         reduction = getattr(node, "_saved_reduction", None)
-        if reduction in (_MEAN, _SUM):
-            return self._term(node, scale, is_mean=reduction == _MEAN, elements=_summed(node))
+        if reduction in (MEAN, _SUM):
+            return self._term(node, scale, is_mean=reduction == MEAN, elements=_summed(node))
         read = self._readers.get(_operation(name))
         if read is not None:
             return read(node, scale)
@@ -254,9 +256,12 @@ class _Reader:
         """What a node reduces, with the numbers that its elements are multiplied by drawn out."""
         inside = self._inside(node)
         inner, scale = self._drawn(node, scale)
-        mean = scale.without((self._n, elements)) if not is_mean and self._knowledge.reduction == "mean" else None
-        if mean is not None:
-            return Term(mean.factor, True, inner, mean.written, inside)
+        for divisor in (self._n, elements) if not is_mean and self._knowledge.reduction == "mean" else ():
+            mean = scale.without(divisor)
+            if mean is not None:
+                return Term(
+                    mean.factor, True, inner, mean.written, inside, elements=elements if divisor != self._n else 0
+                )
         return Term(scale.factor, is_mean, inner, scale.written, inside)
 
     def _drawn(self, node: Any, scale: Scale) -> tuple[tuple[float, ...], Scale]:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ghostgrad.errors import PrivacyError
-from ghostgrad.recording import loss_selections, loss_terms, separable
+from ghostgrad.recording import loss_padding, loss_selections, loss_terms, separable
 from ghostgrad.recording.loss_graph import BOUNDARY, MOST_NODES, leading_to, nodes_of
 from ghostgrad.recording.scalers import scale_in, scalers
 
@@ -165,6 +165,9 @@ def _check_weights(loss: Tensor, boundaries: Sequence[Any], leading: Sequence[An
         loss_selections.check_nodes(leading, boundaries, tape.n, knowledge)
     delivered = tape.delivery.records if tape.delivery else tape.n
     terms = loss_terms.check(loss.grad_fn, leading, tape.n, delivered, knowledge)
+    padded = {size for boundary in boundaries for size in boundary.tape.padded or ()}
+    if padded:
+        loss_padding.check(leading, terms, tape.n, padded)
     kind = frozenset((node.name(), getattr(node, "_saved_dim", None)) for node in leading)
     joined = any(boundary.tape.n != tape.n for boundary in boundaries)  # refused when the backward ends
     if tape.n > 1 and not joined and kind not in knowledge.separable:

@@ -13,10 +13,11 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from ghostgrad._generators import draws_put_back
 from ghostgrad.distributed import local
 from ghostgrad.errors import PrivacyError
 from ghostgrad.layers import Call, Rows, Rule
-from ghostgrad.recording.draws import SEEDS, Constant, NoDraws, drawn, draws_put_back, in_mode, seed_others
+from ghostgrad.recording.draws import SEEDS, Constant, NoDraws, drawn, in_mode, seed_others
 from ghostgrad.recording.rows import some_of, with_first_replaced
 from ghostgrad.tree import map_tensors, tensors
 
@@ -176,18 +177,18 @@ def check_forward(root: nn.Module, args: Any, kwargs: Any, n: int, *, batch_firs
             if training:
                 shown = Shown(comparable, _tells(rows, whole, other))
             if comparable:
-                others += [(_forward(root, some_of(batch, n, half, batch_first=batch_first)), half) for half in halves]
+                others += [(forward(root, some_of(batch, n, half, batch_first=batch_first)), half) for half in halves]
             for other, kept in others:
                 _compare_all(rows, whole, other, kept)
             for seed in SEEDS if whole is not None and whole.drew else ():
                 with draws_put_back():
                     seed_others(seed)
-                    first, second = (_forward(root, records, seeded=replays) for records in (batch, changed))
+                    first, second = (forward(root, records, seeded=replays) for records in (batch, changed))
                 _compare_all(rows, first, second, range(1, n))
     return shown
 
 
-def _tells(rows: Rows, before: _Outcome | None, after: _Outcome | None) -> bool:
+def _tells(rows: Rows, before: Outcome | None, after: Outcome | None) -> bool:
     """Whether the first record's output moved, and there are others of which it can be seen whether theirs did."""
     if before is None or after is None:
         return True  # nothing can be compared, in this batch or in the next
@@ -217,7 +218,7 @@ def check_alone(root: nn.Module, args: Any, kwargs: Any) -> None:
         _compare_buffers(path, first.buffers, second.buffers)
 
 
-def _repeatable(root: nn.Module, batch: Any, other: Any, path: str) -> tuple[_Outcome | None, _Outcome | None, bool]:
+def _repeatable(root: nn.Module, batch: Any, other: Any, path: str) -> tuple[Outcome | None, Outcome | None, bool]:
     """Forwards of two batches, after which one of the first gave the same again: nothing of the second was remembered.
 
     Returns:
@@ -226,7 +227,7 @@ def _repeatable(root: nn.Module, batch: Any, other: Any, path: str) -> tuple[_Ou
     """
     for seeded, constant in ((False, True), (True, True), (True, False)):
         first, second, again = (
-            _forward(root, records, seeded=seeded, constant=constant) for records in (batch, other, batch)
+            forward(root, records, seeded=seeded, constant=constant) for records in (batch, other, batch)
         )
         if _same_outcome(first, again) and (first is not None or not constant):
             return first, second, seeded
@@ -243,7 +244,7 @@ def _turned(tensor: Tensor) -> Tensor:
     return tensor * 0.5 if tensor.is_floating_point() and torch.equal(turned, tensor) else turned
 
 
-def _compare_all(rows: Rows, before: _Outcome | None, after: _Outcome | None, kept: range) -> None:
+def _compare_all(rows: Rows, before: Outcome | None, after: Outcome | None, kept: range) -> None:
     """Hold one forward to another, where the model can run on both."""
     if before is None or after is None:
         return
@@ -255,12 +256,12 @@ def _compare_all(rows: Rows, before: _Outcome | None, after: _Outcome | None, ke
     _compare_buffers(rows.path, before.buffers, after.buffers)
 
 
-def _same_outcome(first: _Outcome | None, second: _Outcome | None) -> bool:
+def _same_outcome(first: Outcome | None, second: Outcome | None) -> bool:
     """Whether two forwards on the same records did the same, but for rounding."""
     if first is None or second is None:
         return first is second
     pairs = list(zip(first.outputs, second.outputs, strict=False))
-    return len(first.outputs) == len(second.outputs) and all(a.shape == b.shape and _close(a, b) for a, b in pairs)
+    return len(first.outputs) == len(second.outputs) and all(a.shape == b.shape and close(a, b) for a, b in pairs)
 
 
 @contextmanager
@@ -271,7 +272,7 @@ def no_gradients() -> Iterator[None]:
         yield
 
 
-class _Outcome(NamedTuple):
+class Outcome(NamedTuple):
     """What a forward did: its outputs, the buffers as it left them, whether it drew from Python or numpy."""
 
     outputs: list[Tensor]
@@ -282,7 +283,7 @@ class _Outcome(NamedTuple):
     drew: bool
 
 
-def _forward(root: nn.Module, batch: Any, *, seeded: bool = False, constant: bool = True) -> _Outcome | None:
+def forward(root: nn.Module, batch: Any, *, seeded: bool = False, constant: bool = True) -> Outcome | None:
     """None where the model does not run on these records. ``seeded`` forwards draw the same numbers from torch, or a constant."""
     args, kwargs = map_tensors(lambda t: t.detach().clone(), batch)
     buffers = {name: buffer.clone() for name, buffer in root.named_buffers()}
@@ -296,7 +297,7 @@ def _forward(root: nn.Module, batch: Any, *, seeded: bool = False, constant: boo
     except DOES_NOT_RUN:
         return None
     floating = [t for t in outputs if t.is_floating_point()]
-    return _Outcome(floating, [t for t in outputs if not t.is_floating_point()], buffers, drew)
+    return Outcome(floating, [t for t in outputs if not t.is_floating_point()], buffers, drew)
 
 
 def _compare(rows: Rows, before: Tensor, after: Tensor, records: range) -> None:
@@ -306,8 +307,8 @@ def _compare(rows: Rows, before: Tensor, after: Tensor, records: range) -> None:
     fold = before.shape[dim] // rows.n
     kept = before.narrow(dim, records.start * fold, len(records) * fold)
     same = after.narrow(dim, records.start * fold, kept.shape[dim]) if after.shape == before.shape else after
-    close = _close if before.is_floating_point() else torch.equal
-    if kept.shape != same.shape or not close(kept, same):
+    equal = close if before.is_floating_point() else torch.equal
+    if kept.shape != same.shape or not equal(kept, same):
         raise PrivacyError(
             f"{rows.path}: the output for a record changes when another record leaves the batch or changes, so a record's "
             f"influence is not bounded by clipping its own gradient. Remove what depends on the whole batch (statistics over the "
@@ -317,7 +318,7 @@ def _compare(rows: Rows, before: Tensor, after: Tensor, records: range) -> None:
 
 def _compare_buffers(path: str, before: dict[str, Tensor], after: dict[str, Tensor]) -> None:
     for name, value in before.items():
-        same = _close if value.is_floating_point() else torch.equal
+        same = close if value.is_floating_point() else torch.equal
         if value.shape != after[name].shape or not same(value, after[name]):
             raise PrivacyError(
                 f"{path}: the forward writes something of the records into the buffer {name!r}, which is saved with the "
@@ -325,7 +326,7 @@ def _compare_buffers(path: str, before: dict[str, Tensor], after: dict[str, Tens
             )
 
 
-def _close(before: Tensor, after: Tensor) -> bool:
+def close(before: Tensor, after: Tensor) -> bool:
     """Whether nothing moved by more than rounding, relative to the largest value that is of the size of what moved.
 
     A model that puts -1e9 in the place of what is masked would otherwise be held to no more than that.

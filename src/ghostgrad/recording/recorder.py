@@ -23,6 +23,7 @@ from ghostgrad.recording.hooks import Hook, calls_under_way, compile_again, leav
 from ghostgrad.recording.loss_graph import MOST_NODES
 from ghostgrad.recording.losses import LossKnowledge, watch
 from ghostgrad.recording.modules import Modules
+from ghostgrad.recording.padding_proof import check_padding
 from ghostgrad.recording.passes import Passes
 from ghostgrad.recording.probe import Boundary
 from ghostgrad.recording.refusals import check_batch_norms, check_same_records
@@ -31,6 +32,7 @@ from ghostgrad.recording.rows import count_records, no_rows, one_row_of_zeros, r
 from ghostgrad.recording.sharded import Sharded
 from ghostgrad.recording.sliced import Sliced
 from ghostgrad.recording.tape import Delivery, Recording, Tape
+from ghostgrad.sampling import Padding
 from ghostgrad.tree import flatten, map_tensors, tensors
 
 
@@ -110,6 +112,7 @@ class Recorder:
         shards: the ranks that hold a share of the parameters each, where `fully_shard` split them. They gather each layer's
             weights in its forward and backward, so all of them run as many forwards and backwards, records or none.
         slices: the ranks that hold slices of the same layers, where `parallelize_module` cut them.
+        padding: tells which records of the delivery were padded because of others.
     """
 
     def __init__(
@@ -124,8 +127,9 @@ class Recorder:
         accumulation_steps: int = 1,
         shards: Shards | None = None,
         slices: TensorParallel | None = None,
+        padding: Callable[[], Sequence[Padding]] = tuple,
     ) -> None:
-        self.root, self.sink, self.delivery = root, sink, delivery
+        self.root, self.sink, self.delivery, self.padding = root, sink, delivery, padding
         self.batch_first, self.loss_reduction = batch_first, loss_reduction
         self.losses = LossKnowledge(loss_reduction, accumulation_steps)
         self.observed: dict[str, Observation] = {}
@@ -137,6 +141,8 @@ class Recorder:
         """Parameters that trained when a batch was rehearsed. One that was frozen then has not been looked at."""
         self._rehearsed_alone: set[str] = set()
         """The same for a batch of one record, which says how to read others of one, and nothing about several."""
+        self._padding_shown: int | None = None
+        """The delivery at which it was seen that padding does not show in outputs, nor in the loss."""
         self._phase = Phase.MEASURE
         self._keep: Tensor | None = None
         self._shown: set[str] = set()
@@ -197,7 +203,9 @@ class Recorder:
         width = n if self._shards is None else max(n, 1)
         tape = Tape(n, delivery, width, rows_of(args, kwargs, n, batch_first=self.batch_first))
         self._live.add(tape)
-        self._rehearse(args, kwargs, n)
+        self._rehearse(args, kwargs, tape)
+        if self._in_step is None:  # else only in a rehearsal, where all ranks run the model together
+            self._check_padding(args, kwargs, tape)
         modules.tape = tape
         if n == 0:
             return one_row_of_zeros((args, kwargs), batch_first=self.batch_first)
@@ -211,22 +219,25 @@ class Recorder:
             compile_again(compiling)
             del self._outer[still:]
 
-    def _rehearse(self, args: Any, kwargs: Any, n: int) -> None:
+    def _rehearse(self, args: Any, kwargs: Any, tape: Tape) -> None:
         """On the first batch: prove that records do not meet, and find how the modules' calls are to be read."""
+        n = tape.n
         training = {name for name, p in self.root.named_parameters() if p.requires_grad}
         if training <= self._rehearsed or (n == 1 and training <= self._rehearsed_alone):
             return
         with proofs.gradients_set_aside(self.root):
             if self._in_step is not None:
-                done, several = self._in_step.rehearse(lambda: self._rehearse_alone(args, kwargs, n), n), True
+                done, several = self._in_step.rehearse(lambda: self._rehearse_alone(args, kwargs, tape), n), True
             else:
-                done, several = bool(n) and self._rehearse_alone(args, kwargs, n), n > 1
+                done, several = bool(n) and self._rehearse_alone(args, kwargs, tape), n > 1
         if done:
             (self._rehearsed if several else self._rehearsed_alone).update(training)
 
-    def _rehearse_alone(self, args: Any, kwargs: Any, n: int) -> bool:
+    def _rehearse_alone(self, args: Any, kwargs: Any, tape: Tape) -> bool:
         """Whether it came to an end, on records that show something: else the next batch is rehearsed as well."""
-        tells = True
+        n, tells = tape.n, True
+        if self._in_step is not None:
+            self._check_padding(args, kwargs, tape)
         with proofs.shaken(self.root):
             with self.modules.paused():
                 if n > 1:
@@ -236,6 +247,16 @@ class Recorder:
                 else:
                     proofs.check_alone(self.root, args, kwargs)
             return Rehearsal(self.modules).run(args, kwargs, n) and tells
+
+    def _check_padding(self, args: Any, kwargs: Any, tape: Tape) -> None:
+        """Until a batch has shown it: where records are padded because of others, none of their outputs depends on that."""
+        delivery = tape.delivery
+        if delivery is None or not 1 < tape.n == delivery.records or self._padding_shown not in (None, delivery.piece):
+            return
+        padded = self.padding()
+        if padded:
+            with self.modules.paused(), proofs.shaken(self.root):
+                tape.padded = check_padding(self.root, args, kwargs, tape.n, padded, batch_first=self.batch_first)
 
     @staticmethod
     def _stand_in(tape: Tape, args: Any, kwargs: Any) -> Any:
@@ -349,6 +370,8 @@ class Recorder:
                 f"(on whole tensors instead of in a loop)."
             )
         tape.done = True
+        if tape.padded is not None and tape.delivery is not None:
+            self._padding_shown = tape.delivery.piece
         self._join_round(recording)
         self._check_foreign_gradients()
         if tape.n:

@@ -19,11 +19,11 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from ghostgrad._generators import draws_put_back
 from ghostgrad.distributed import is_split
 from ghostgrad.errors import ConfigurationError, GhostgradError, PrivacyError, UnsupportedModuleError
 from ghostgrad.layers import Call, Rows, Rule
 from ghostgrad.recording import proofs
-from ghostgrad.recording.draws import draws_put_back
 from ghostgrad.recording.losses import watch
 from ghostgrad.recording.modules import Modules
 from ghostgrad.recording.places import Known, Observed, one_more

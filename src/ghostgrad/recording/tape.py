@@ -28,6 +28,8 @@ class Tape:
         width: the rows that run as records: those, or one of zeros where ranks go through their layers in step.
         delivery: which batch of the private loader it belongs to; None without such a loader.
         rows: the first of the root's inputs that holds the records, to compare forwards that are joined in one backward.
+        padded: the sizes of those dimensions of the root's outputs that are as long as the longest record; None where it was not
+            shown that no output depends on that.
         inputs: the root's inputs that require grad, and the leaves that stood in for them inside.
         calls: how many probes of each parameter have not fired yet.
         unproved: the layouts of calls that row isolation was not shown for yet.
@@ -40,6 +42,7 @@ class Tape:
     delivery: Delivery | None
     width: int = field(default=-1)
     rows: Tensor | None = None
+    padded: frozenset[int] | None = None
     inputs: list[tuple[Tensor, Tensor]] = field(default_factory=list)
     calls: Counter[nn.Parameter] = field(default_factory=Counter)
     unproved: set[Any] = field(default_factory=set)

@@ -2,6 +2,7 @@
 
 from ghostgrad.sampling.feed import Feed
 from ghostgrad.sampling.loader import DPDataLoader
+from ghostgrad.sampling.padding import Padding, cut_to
 from ghostgrad.sampling.poisson import PoissonBatchSampler
 
-__all__ = ["DPDataLoader", "Feed", "PoissonBatchSampler"]
+__all__ = ["DPDataLoader", "Feed", "Padding", "PoissonBatchSampler", "cut_to"]

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import random
 from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 
+from ghostgrad._generators import draws_put_back
 from ghostgrad.errors import ConfigurationError
 
 _ATOMS = (str, bytes, bytearray, int, float, complex, bool, type(None), type)
@@ -37,6 +37,28 @@ def _nodes(batch: Any) -> Iterator[Any]:
         yield node
         if not isinstance(node, _ARRAYS):
             waiting.extend(reversed(list(_children(node))))
+
+
+def numeric_arrays(batch: Any) -> list[torch.Tensor]:
+    """The tensors of a batch, and its arrays of numbers as tensors, in one order for batches of one structure."""
+    arrays = [node for node in _nodes(batch) if isinstance(node, _ARRAYS)]
+    return [torch.as_tensor(a) for a in arrays if isinstance(a, torch.Tensor) or a.dtype.kind in "biufc"]
+
+
+def same_data(one: Any, other: Any) -> bool:
+    """Whether two records hold the same numbers and texts.
+
+    >>> same_data({"x": torch.ones(2), "words": [1, 2]}, {"x": torch.ones(2), "words": [1, 3]})
+    False
+    """
+    if type(one) is not type(other):
+        return False
+    if isinstance(one, _ARRAYS):
+        return one.shape == other.shape and bool((one == other).all())
+    if isinstance(one, _ATOMS):
+        return bool(one == other)
+    children, others = list(_children(one)), list(_children(other))
+    return len(children) == len(others) and all(map(same_data, children, others))
 
 
 def _holds_arrays(batch: Any) -> bool:
@@ -101,11 +123,9 @@ class EmptyBatch:
         return _emptied(self._template, self._template)
 
     def _build(self) -> Any:
-        states = random.getstate(), np.random.get_state()
-        with torch.random.fork_rng(devices=[]):
-            two, three = (self._collate_fn(self._fetch(copies)) for copies in (2, 3))
-        random.setstate(states[0])
-        np.random.set_state(states[1])
+        with torch.random.fork_rng(devices=[]), draws_put_back():
+            # Each copy is fetched for itself: some collate functions take their records apart.
+            two, three = (self._collate_fn(fetch(self._dataset, [self._index] * copies)) for copies in (2, 3))
         template = _emptied(two, three)
         if _holds_arrays(two) and not _has_one_entry_a_record(template, 0):
             raise ConfigurationError(
@@ -115,12 +135,12 @@ class EmptyBatch:
             )
         return template
 
-    def _fetch(self, copies: int) -> list[Any]:
-        # Each copy is fetched for itself: some collate functions take their records apart.
-        indices = [self._index] * copies
-        if getattr(self._dataset, "__getitems__", None):
-            return list(self._dataset.__getitems__(indices))
-        return [self._dataset[index] for index in indices]
+
+def fetch(dataset: Any, indices: list[int]) -> list[Any]:
+    """Records as a worker fetches them."""
+    if getattr(dataset, "__getitems__", None):
+        return list(dataset.__getitems__(indices))
+    return [dataset[index] for index in indices]
 
 
 def _emptied(two: Any, three: Any) -> Any:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from ghostgrad.sampling._deliveries import START, Place
+from ghostgrad.sampling.padding import Padding
 
 
 @dataclass
@@ -27,6 +28,7 @@ class Feed:
         place: where the consumer is in the pass.
         empty_batches: logical batches that were handed out whole and empty, with their epoch, until a step was made for
             them. A loop that skips these would show that they were empty.
+        padding: looks for records of this piece that were padded because of others.
 
     >>> Feed().delivered
     0
@@ -40,12 +42,22 @@ class Feed:
     delivered: int = 0
     place: Place = field(default=START, repr=False)
     empty_batches: dict[int, int] = field(default_factory=dict, repr=False)
+    padding: Callable[[], Sequence[Padding]] = field(default=tuple, repr=False)
     _all_empty: bool = field(default=True, repr=False)
     _opened: int = field(default=0, repr=False)
 
     _before: Feed | None = field(default=None, repr=False)
 
-    def deliver(self, logical_batch: int | None, *, records: int, last: bool, epoch: int, place: Place) -> int:
+    def deliver(
+        self,
+        logical_batch: int | None,
+        *,
+        records: int,
+        last: bool,
+        epoch: int,
+        place: Place,
+        padding: Callable[[], Sequence[Padding]] = tuple,
+    ) -> int:
         """Write down what the consumer is about to receive; None for a logical batch that begins. Returns its number."""
         self._before = replace(self, empty_batches=dict(self.empty_batches), _before=None)
         if logical_batch is None:
@@ -53,7 +65,7 @@ class Feed:
             self._opened += 1
         self._all_empty = not records and (self._all_empty or logical_batch != self.logical_batch)
         self.logical_batch, self.records, self.last, self.epoch = logical_batch, records, last, epoch
-        self.place, self.step = place, place.step - last
+        self.place, self.step, self.padding = place, place.step - last, padding
         self.delivered += 1
         if last and self._all_empty:
             self.empty_batches[logical_batch] = epoch

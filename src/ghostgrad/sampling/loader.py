@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
@@ -19,6 +20,7 @@ from ghostgrad.sampling._passes import MIXED, Pass, Passes
 from ghostgrad.sampling._plan import Fetching, Plan, key_from, own_plan, plan_like, poisson_plan, steps_at
 from ghostgrad.sampling._sizes import GrowingSize
 from ghostgrad.sampling.feed import Feed
+from ghostgrad.sampling.padding import PaddingSearch
 from ghostgrad.sampling.poisson import check_count, check_rate
 
 T_co = TypeVar("T_co", covariant=True)
@@ -223,6 +225,7 @@ class DPDataLoader(DataLoader[T_co]):
             persistent_workers=fetching.persistent_workers,
             pin_memory_device=fetching.pin_memory_device,
         )
+        self._padding = PaddingSearch(dataset, self.collate_fn)
         self._empty_batch = EmptyBatch(dataset, self.collate_fn, plan.source.first_record())
 
     @property
@@ -284,6 +287,7 @@ class DPDataLoader(DataLoader[T_co]):
                     logical_batch = self.feed.deliver(
                         None if piece.opens else logical_batch,
                         records=len(piece.indices), last=piece.last, epoch=current.epoch, place=piece.place,
+                        padding=partial(self._padding, batch, piece.indices),
                     )  # fmt: skip
                     with self._measured(len(piece.indices)):
                         yield batch

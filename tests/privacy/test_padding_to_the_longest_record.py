@@ -1,0 +1,412 @@
+"""Where records are padded to the longest of their batch, its length must not reach the outputs and losses of the others."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from leave_one_out import MODES, C
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence, pad_sequence
+from torch.utils.data import DataLoader
+
+from ghostgrad import BatchMemoryManager, ConfigurationError, PrivacyEngine, PrivacyError
+
+Record = tuple[Tensor, int]
+Collate = Callable[[Sequence[Record]], tuple[Tensor, Tensor, Tensor]]
+LENGTHS = (3, 5, 2, 9, 4, 5)
+WORDS, WIDTH, CLASSES = 11, 6, 3
+
+
+def records(lengths: Sequence[int] = LENGTHS) -> list[Record]:
+    generator = torch.Generator().manual_seed(3)
+    return [(torch.randint(1, WORDS, (length,), generator=generator), i % CLASSES) for i, length in enumerate(lengths)]
+
+
+def to_longest(batch: Sequence[Record]) -> tuple[Tensor, Tensor, Tensor]:
+    words = pad_sequence([words for words, _ in batch], batch_first=True)
+    return words, torch.tensor([len(words) for words, _ in batch]), torch.tensor([label for _, label in batch])
+
+
+def to_longest_on_the_left(batch: Sequence[Record]) -> tuple[Tensor, Tensor, Tensor]:
+    words = pad_sequence([words.flip(0) for words, _ in batch], batch_first=True).flip(1)
+    return words, torch.tensor([len(words) for words, _ in batch]), torch.tensor([label for _, label in batch])
+
+
+def to_twelve(batch: Sequence[Record]) -> tuple[Tensor, Tensor, Tensor]:
+    words, lengths, labels = to_longest(batch)
+    return F.pad(words, (0, 12 - words.shape[1])), lengths, labels
+
+
+def to_a_multiple_of_four(batch: Sequence[Record]) -> tuple[Tensor, Tensor, Tensor]:
+    words, lengths, labels = to_longest(batch)
+    return F.pad(words, (0, -words.shape[1] % 4)), lengths, labels
+
+
+def with_words_masked(batch: Sequence[Record]) -> tuple[Tensor, Tensor, Tensor]:
+    words, lengths, labels = to_longest(batch)
+    return torch.where(torch.rand(words.shape) < 0.2, 0, words), lengths, labels
+
+
+class Text(nn.Module):
+    """Embeds words, and puts one vector a record into the head."""
+
+    def __init__(self, *, width: int = WIDTH) -> None:
+        super().__init__()
+        self.words = nn.Embedding(WORDS, width, padding_idx=0)
+        self.head = nn.Linear(width, CLASSES)
+        self.width = width
+
+    def forward(self, words: Tensor, lengths: Tensor) -> Tensor:
+        return self.head(self.pooled(self.words(words), words, lengths))  # type: ignore[no-any-return]
+
+    def pooled(self, h: Tensor, words: Tensor, lengths: Tensor) -> Tensor:
+        raise NotImplementedError
+
+
+class Mean(Text):
+    def pooled(self, h: Tensor, words: Tensor, lengths: Tensor) -> Tensor:
+        return h.mean(1)
+
+
+class Sum(Text):
+    def pooled(self, h: Tensor, words: Tensor, lengths: Tensor) -> Tensor:
+        return h.sum(1)
+
+
+class Largest(Text):
+    def pooled(self, h: Tensor, words: Tensor, lengths: Tensor) -> Tensor:
+        return h.amax(1)
+
+
+class Last(Text):
+    def __init__(self) -> None:
+        super().__init__()
+        self.rnn = nn.LSTM(WIDTH, WIDTH, batch_first=True)
+
+    def pooled(self, h: Tensor, words: Tensor, lengths: Tensor) -> Tensor:
+        return self.rnn(h)[0][:, -1]  # type: ignore[no-any-return]
+
+
+class Convolved(Text):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv1d(WIDTH, WIDTH, 3, padding=1)
+
+    def pooled(self, h: Tensor, words: Tensor, lengths: Tensor) -> Tensor:
+        return self.conv(h.mT).amax(2)  # type: ignore[no-any-return]
+
+
+class Attending(Text):
+    masked = False
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.TransformerEncoderLayer(WIDTH, 2, 8, dropout=0.1, batch_first=True)
+
+    def pooled(self, h: Tensor, words: Tensor, lengths: Tensor) -> Tensor:
+        return self.layer(h, src_key_padding_mask=words == 0 if self.masked else None)[:, 0]  # type: ignore[no-any-return]
+
+
+class AttendingMasked(Attending):
+    masked = True
+
+
+class MaskedMean(Text):
+    def pooled(self, h: Tensor, words: Tensor, lengths: Tensor) -> Tensor:
+        mask = (words != 0).unsqueeze(2)
+        return (h * mask).sum(1) / mask.sum(1).clamp(min=1)
+
+
+class Packed(Text):
+    def __init__(self) -> None:
+        super().__init__()
+        self.rnn = nn.GRU(WIDTH, WIDTH, batch_first=True, bidirectional=True)
+        self.head = nn.Linear(2 * WIDTH, CLASSES)
+
+    def pooled(self, h: Tensor, words: Tensor, lengths: Tensor) -> Tensor:
+        packed = pack_padded_sequence(h, lengths, batch_first=True, enforce_sorted=False)
+        out, lengths = pad_packed_sequence(self.rnn(packed)[0], batch_first=True)
+        return out.sum(1) / lengths.unsqueeze(1)  # type: ignore[no-any-return]
+
+
+class FirstWord(Text):
+    def pooled(self, h: Tensor, words: Tensor, lengths: Tensor) -> Tensor:
+        return h[:, 0]
+
+
+class EachWord(Text):
+    """One output a position."""
+
+    def forward(self, words: Tensor, lengths: Tensor) -> Tensor:
+        return self.head(self.words(words))  # type: ignore[no-any-return]
+
+
+def of_labels(model: nn.Module, words: Tensor, lengths: Tensor, labels: Tensor) -> Tensor:
+    return F.cross_entropy(model(words, lengths), labels)
+
+
+def made_private(model: Text, data: Sequence[Record], collate: Any, mode: str = "auto", **options: Any) -> Any:
+    """Model, optimizer and a loader of batches of six, without noise; as many records as that are one batch of all."""
+    at_engine = {name: options.pop(name) for name in ("poisson_sampling", "criterion") if name in options}
+    user = DataLoader(data, batch_size=min(6, len(data)), collate_fn=collate, **options)  # type: ignore[arg-type]
+    return PrivacyEngine(seed=0).make_private(
+        module=model, optimizer=torch.optim.SGD(model.parameters(), lr=0.1), data_loader=user, noise_multiplier=0.0,
+        max_grad_norm=C, grad_sample_mode=mode, **at_engine,
+    )  # fmt: skip
+
+
+def epoch(model: nn.Module, optimizer: Any, batches: Any, loss: Any) -> int:
+    """How many batches were trained on."""
+    count = 0
+    for batch in batches:
+        optimizer.zero_grad()
+        loss(model, *batch).backward()
+        optimizer.step()
+        count += 1
+    return count
+
+
+def trained(
+    model: Text, data: Sequence[Record], collate: Any, mode: str, loss: Any = of_labels, **options: Any
+) -> Tensor:
+    """The noise-free sum of one step over all of the data."""
+    torch.manual_seed(0)
+    model, optimizer, loader = made_private(copy.deepcopy(model).double(), data, collate, mode, **options)
+    assert epoch(model, optimizer, loader, loss) == 1
+    return len(data) * torch.cat([p.grad.flatten() for p in model.parameters()])  # type: ignore[union-attr]
+
+
+def sensitivity(model: Text, collate: Any, mode: str, loss: Any = of_labels) -> float:
+    data = records()
+    whole = trained(model, data, collate, mode, loss)
+    rests = [trained(model, data[:i] + data[i + 1 :], collate, mode, loss) for i in range(len(data))]
+    return max(float((whole - rest).norm()) for rest in rests)
+
+
+def built(model: type[Text], **options: Any) -> Text:
+    torch.manual_seed(0)
+    return model(**options)
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("model", [Mean, Sum, Largest, Last, Convolved, Attending])
+def test_a_model_that_does_not_mask_is_refused(model: type[Text], mode: str) -> None:
+    with pytest.raises(PrivacyError, match="the output for a record is another when it is padded less"):
+        trained(built(model), records(), to_longest, mode)
+
+
+@pytest.mark.parametrize(
+    ("model", "collate"),
+    [
+        (MaskedMean, to_longest_on_the_left),
+        (MaskedMean, with_words_masked),
+        (MaskedMean, to_a_multiple_of_four),
+        (AttendingMasked, with_words_masked),
+        (AttendingMasked, to_a_multiple_of_four),
+        (Packed, to_a_multiple_of_four),
+    ],
+)
+def test_a_model_that_masks_is_trained(model: type[Text], collate: Collate) -> None:
+    trained(built(model), records(), collate, "bk")
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("model", [MaskedMean, AttendingMasked, Packed, FirstWord])
+def test_a_model_that_masks_moves_by_c_at_most(model: type[Text], mode: str) -> None:
+    model = built(model)  # type: ignore[assignment]
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        if isinstance(module, nn.MultiheadAttention):
+            module.dropout = 0.0
+    assert sensitivity(model, to_longest, mode) <= C * (1 + 1e-6)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("model", [Mean, Sum, Largest, Last, Convolved, Attending])
+def test_padding_to_a_constant_needs_no_mask(model: type[Text]) -> None:
+    trained(built(model), records(), to_twelve, "bk")
+
+
+def test_padding_that_goes_before_is_cut_there() -> None:
+    with pytest.raises(PrivacyError, match="when it is padded less"):
+        trained(built(FirstWord), records(), to_longest_on_the_left, "bk")
+    trained(built(FirstWord), records(), to_longest, "bk")
+
+
+def test_another_dimension_may_have_the_size_of_the_longest() -> None:
+    width = max(LENGTHS)
+
+    class Embedded(MaskedMean):
+        def forward(self, embedded: Tensor, words: Tensor) -> Tensor:
+            return self.head(self.pooled(embedded, words, words))  # type: ignore[no-any-return]
+
+    def loss(model: nn.Module, words: Tensor, lengths: Tensor, labels: Tensor) -> Tensor:
+        vectors = F.one_hot(words % width, width).double()
+        return F.cross_entropy(model(vectors, words), labels)
+
+    model = built(Embedded, width=width)
+    del model.words
+    trained(model, records(), to_longest, "bk", loss)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_workers_collate_and_the_padding_is_seen(workers: int) -> None:
+    with pytest.raises(PrivacyError, match="padded less"):
+        trained(built(Mean), records(), to_longest, "bk", num_workers=workers)
+
+
+def test_pieces_are_padded_to_the_longest_of_each() -> None:
+    model, optimizer, loader = made_private(built(Mean), records(), to_longest)
+    pieces = BatchMemoryManager(data_loader=loader, max_physical_batch_size=3, optimizer=optimizer)
+    with pieces as batches, pytest.raises(PrivacyError, match="padded less"):
+        epoch(model, optimizer, batches, of_labels)
+
+
+def test_batches_without_padding_say_nothing_of_later_ones() -> None:
+    """The first ones hold records of one length, so nothing is seen until a longer one comes."""
+    model, optimizer, loader = made_private(built(Mean), records([4] * 40 + [9]), to_longest, poisson_sampling=False)
+    batches = list(loader)
+    assert epoch(model, optimizer, itertools.islice(loader, 6), of_labels) == len(batches) - 1
+    with pytest.raises(PrivacyError, match="padded less"):
+        epoch(model, optimizer, loader, of_labels)
+
+
+def test_a_record_that_is_all_padding_shows_nothing() -> None:
+    """As in a batch of zeros that warms up."""
+    data = [(torch.zeros(length, dtype=torch.long), 0) for length in LENGTHS] + records()
+    model, optimizer, loader = made_private(built(Mean), data, to_longest, poisson_sampling=False)
+    assert epoch(model, optimizer, itertools.islice(loader, 1), of_labels) == 1
+    with pytest.raises(PrivacyError, match="padded less"):
+        epoch(model, optimizer, loader, of_labels)
+
+
+# ------------------------------------------------------------------------------------------------ in the loss
+
+
+def mean_of_all(out: Tensor, words: Tensor) -> Tensor:
+    return (out[..., 0] - words).pow(2).mean()
+
+
+def mean_of_each(out: Tensor, words: Tensor) -> Tensor:
+    return (out[..., 0] - words).pow(2).mean(1).mean()
+
+
+def mean_by_numel(out: Tensor, words: Tensor) -> Tensor:
+    losses = (out[..., 0] - words).pow(2)
+    return losses.sum() / losses.numel()
+
+
+def mean_of_torch(out: Tensor, words: Tensor) -> Tensor:
+    return F.mse_loss(out[..., 0], words.double())
+
+
+def mean_of_flat(out: Tensor, words: Tensor) -> Tensor:
+    return F.cross_entropy(out.reshape(-1, CLASSES), words.reshape(-1) % CLASSES)
+
+
+def mean_of_masked(out: Tensor, words: Tensor) -> Tensor:
+    return ((out[..., 0] - words).pow(2) * (words != 0)).mean()
+
+
+def own_mean(out: Tensor, words: Tensor) -> Tensor:
+    mask = words != 0
+    return (((out[..., 0] - words).pow(2) * mask).sum(1) / mask.sum(1)).mean()
+
+
+def own_cross_entropy(out: Tensor, words: Tensor) -> Tensor:
+    mask = words != 0
+    losses = F.cross_entropy(out.mT, words % CLASSES, reduction="none") * mask
+    return (losses.sum(1) / mask.sum(1)).mean()
+
+
+def sum_by_constant(out: Tensor, words: Tensor) -> Tensor:
+    return ((out[..., 0] - words).pow(2) * (words != 0)).sum(1).mean() / 8
+
+
+def over_words(loss: Any) -> Any:
+    return lambda model, words, lengths, labels: loss(model(words, lengths), words)
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize(
+    "loss", [mean_of_all, mean_of_each, mean_by_numel, mean_of_torch, mean_of_flat, mean_of_masked]
+)
+def test_a_mean_over_padded_positions_is_refused(loss: Any, mode: str) -> None:
+    with pytest.raises(PrivacyError, match="positions that were padded"):
+        trained(built(EachWord), records(), to_longest, mode, over_words(loss))
+    trained(built(EachWord), records(), to_twelve, mode, over_words(loss))
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("loss", [own_mean, own_cross_entropy, sum_by_constant])
+def test_a_mean_over_positions_of_its_own_moves_by_c_at_most(loss: Any, mode: str) -> None:
+    assert sensitivity(built(EachWord), to_longest, mode, over_words(loss)) <= C * (1 + 1e-6)
+
+
+def test_a_mean_over_classes_is_none_over_positions() -> None:
+    def loss(model: nn.Module, words: Tensor, lengths: Tensor, labels: Tensor) -> Tensor:
+        return F.mse_loss(model(words, lengths), F.one_hot(labels, CLASSES).double())
+
+    lengths = (1, CLASSES, 2, 1)
+    trained(built(MaskedMean), records(lengths), to_longest, "bk", loss)
+
+
+def test_a_criterion_is_read_as_well() -> None:
+    model, _, criterion, loader = made_private(built(EachWord), records(), to_longest, criterion=nn.MSELoss())
+    words, lengths, _ = next(iter(loader))
+    loss = criterion(model(words, lengths)[..., 0], words.float())
+    with pytest.raises(PrivacyError, match="positions that were padded"):
+        loss.backward()
+
+
+def test_a_forward_without_a_backward_does_not_vouch_for_the_loss() -> None:
+    model, optimizer, loader = made_private(built(EachWord), records() * 6, to_longest)
+    words, lengths, _ = next(iter(loader))
+    model(words, lengths)
+    with pytest.raises(PrivacyError, match="positions that were padded"):
+        epoch(model, optimizer, loader, over_words(mean_of_all))
+
+
+# ------------------------------------------------------------------------------------------------ the search
+
+
+class FromWorkers:
+    """Records that can be read in a worker process only."""
+
+    def __len__(self) -> int:
+        return len(LENGTHS)
+
+    def __getitem__(self, index: int) -> Record:
+        if torch.utils.data.get_worker_info() is None:
+            raise OSError("the file is not open here")
+        return records()[index]
+
+
+def test_records_that_cannot_be_collated_alone_are_refused() -> None:
+    with pytest.raises(ConfigurationError, match="OSError: the file is not open here"):
+        trained(built(MaskedMean), FromWorkers(), to_longest, "bk", num_workers=1)  # type: ignore[arg-type]
+
+
+def test_records_that_are_drawn_anew_are_not_compared() -> None:
+    class Crops(list):  # type: ignore[type-arg]
+        def __getitem__(self, index: Any) -> Any:
+            words, label = super().__getitem__(index)
+            begin = int(torch.randint(len(words), ()))
+            return words[begin:], label
+
+    trained(built(MaskedMean), Crops(records()), to_longest, "bk")
+
+
+def test_the_search_leaves_random_states_as_they_were() -> None:
+    _, _, loader = made_private(built(Mean), records(), with_words_masked, num_workers=1)
+    batches = iter(loader)  # torch draws a seed for the workers
+    before = torch.get_rng_state()
+    next(batches)
+    assert loader.feed.padding()
+    assert torch.equal(before, torch.get_rng_state())
