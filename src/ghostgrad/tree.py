@@ -21,30 +21,50 @@ def map_tensors(function: Callable[[Tensor], Any], tree: Any) -> Any:
     >>> map_tensors(lambda t: t.shape[0], {"a": torch.zeros(2), "b": ("text", [torch.zeros(3)])})
     {'a': 2, 'b': ('text', [3])}
     """
-    if isinstance(tree, Tensor):
+    return _map(function, lambda node: isinstance(node, Tensor), tree)
+
+
+def map_numbers(function: Callable[[list[Any]], Any], tree: Any, n: int) -> Any:
+    """The same for every list of ``n`` numbers: the lengths of ``n`` records, say.
+
+    >>> map_numbers(lambda lengths: lengths[1:], {"lengths": [3, 1], "size": (3, 1)}, 2)
+    {'lengths': [1], 'size': (3, 1)}
+    """
+
+    def listed(node: Any) -> bool:
+        return isinstance(node, list) and len(node) == n and all(type(item) in (int, float, bool) for item in node)
+
+    return _map(function, listed, tree)
+
+
+def _map(function: Callable[[Any], Any], chosen: Callable[[Any], bool], tree: Any) -> Any:
+    def go_on(node: Any) -> Any:
+        return _map(function, chosen, node)
+
+    if chosen(tree):
         return function(tree)
     if isinstance(tree, tuple):
-        items = [map_tensors(function, item) for item in tree]
+        items = [go_on(item) for item in tree]
         return type(tree)(*items) if hasattr(tree, "_fields") else type(tree)(items)
     if isinstance(tree, list):
-        return type(tree)(map_tensors(function, item) for item in tree)
+        return type(tree)(go_on(item) for item in tree)
     if dataclasses.is_dataclass(tree) and not isinstance(tree, type):
-        return _map_dataclass(function, tree)
+        return _map_dataclass(go_on, tree)
     if isinstance(tree, MutableMapping):
         new = copy.copy(tree)
         for key, value in tree.items():
-            new[key] = map_tensors(function, value)
+            new[key] = go_on(value)
         return new
     if isinstance(tree, Mapping):
-        return {key: map_tensors(function, value) for key, value in tree.items()}
+        return {key: go_on(value) for key, value in tree.items()}
     return tree
 
 
-def _map_dataclass(function: Callable[[Tensor], Any], tree: Any) -> Any:
+def _map_dataclass(go_on: Callable[[Any], Any], tree: Any) -> Any:
     new = copy.copy(tree)
     for entry in dataclasses.fields(tree):
         value = getattr(tree, entry.name, None)
-        mapped = map_tensors(function, value)
+        mapped = go_on(value)
         if mapped is not value:
             # A frozen dataclass refuses setattr on the copy too; one that is also a mapping must see its own setattr.
             frozen = tree.__dataclass_params__.frozen

@@ -48,6 +48,15 @@ def to_a_multiple_of_four(batch: Sequence[Record]) -> tuple[Tensor, Tensor, Tens
     return F.pad(words, (0, -words.shape[1] % 4)), lengths, labels
 
 
+def sorted_by_length(batch: Sequence[Record]) -> tuple[Tensor, Tensor, Tensor]:
+    return to_longest(sorted(batch, key=lambda record: -len(record[0])))
+
+
+def with_positions(batch: Sequence[Record]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    words, lengths, labels = to_longest(batch)
+    return words, lengths, labels, torch.arange(words.shape[1]).expand_as(words)
+
+
 def with_words_masked(batch: Sequence[Record]) -> tuple[Tensor, Tensor, Tensor]:
     words, lengths, labels = to_longest(batch)
     return torch.where(torch.rand(words.shape) < 0.2, 0, words), lengths, labels
@@ -151,9 +160,11 @@ def of_labels(model: nn.Module, words: Tensor, lengths: Tensor, labels: Tensor) 
     return F.cross_entropy(model(words, lengths), labels)
 
 
-def made_private(model: Text, data: Sequence[Record], collate: Any, mode: str = "auto", **options: Any) -> Any:
+def made_private(model: nn.Module, data: Sequence[Record], collate: Any, mode: str = "auto", **options: Any) -> Any:
     """Model, optimizer and a loader of batches of six, without noise; as many records as that are one batch of all."""
-    at_engine = {name: options.pop(name) for name in ("poisson_sampling", "criterion") if name in options}
+    at_engine = {
+        name: options.pop(name) for name in ("poisson_sampling", "criterion", "batch_first") if name in options
+    }
     user = DataLoader(data, batch_size=min(6, len(data)), collate_fn=collate, **options)  # type: ignore[arg-type]
     return PrivacyEngine(seed=0).make_private(
         module=model, optimizer=torch.optim.SGD(model.parameters(), lr=0.1), data_loader=user, noise_multiplier=0.0,
@@ -205,11 +216,13 @@ def test_a_model_that_does_not_mask_is_refused(model: type[Text], mode: str) -> 
     ("model", "collate"),
     [
         (MaskedMean, to_longest_on_the_left),
+        (MaskedMean, sorted_by_length),
         (MaskedMean, with_words_masked),
         (MaskedMean, to_a_multiple_of_four),
         (AttendingMasked, with_words_masked),
         (AttendingMasked, to_a_multiple_of_four),
         (Packed, to_a_multiple_of_four),
+        (Packed, sorted_by_length),
     ],
 )
 def test_a_model_that_masks_is_trained(model: type[Text], collate: Collate) -> None:
@@ -231,6 +244,79 @@ def test_a_model_that_masks_moves_by_c_at_most(model: type[Text], mode: str) -> 
 @pytest.mark.parametrize("model", [Mean, Sum, Largest, Last, Convolved, Attending])
 def test_padding_to_a_constant_needs_no_mask(model: type[Text]) -> None:
     trained(built(model), records(), to_twelve, "bk")
+
+
+@pytest.mark.parametrize("collate", [sorted_by_length, to_a_multiple_of_four, with_words_masked])
+@pytest.mark.parametrize("model", [Mean, Last])
+def test_padding_is_found_wherever_a_record_is_put(model: type[Text], collate: Collate) -> None:
+    with pytest.raises(PrivacyError, match="padded less"):
+        trained(built(model), records(), collate, "bk")
+
+
+def test_padding_is_found_beside_what_goes_on_in_it() -> None:
+    def loss(model: nn.Module, words: Tensor, lengths: Tensor, labels: Tensor, positions: Tensor) -> Tensor:
+        return F.cross_entropy(model(words + 0 * positions, lengths), labels)
+
+    with pytest.raises(PrivacyError, match="padded less"):
+        trained(built(Mean), records(), with_positions, "bk", loss)
+    trained(built(MaskedMean), records(), with_positions, "bk", loss)
+
+
+class Times(nn.Module):
+    """Speech or sensors: float [n, t, f], or time first, with one output a record."""
+
+    def __init__(self, *, masked: bool, batch_first: bool = True) -> None:
+        super().__init__()
+        self.rnn, self.head = nn.GRU(2, WIDTH, batch_first=batch_first), nn.Linear(WIDTH, CLASSES)
+        self.masked, self.batch_first = masked, batch_first
+
+    def forward(self, x: Tensor, lengths: Any) -> Tensor:
+        if self.masked:
+            packed = pack_padded_sequence(x, lengths, batch_first=self.batch_first, enforce_sorted=False)
+            return self.head(self.rnn(packed)[1][-1])  # type: ignore[no-any-return]
+        return self.head(self.rnn(x)[0][:, -1] if self.batch_first else self.rnn(x)[0][-1])  # type: ignore[no-any-return]
+
+
+def of_times(batch: Sequence[Record]) -> dict[str, Any]:
+    """What loops take apart, with arrays and lists of numbers in it."""
+    times = [torch.stack([words.sin(), words.cos()], 1).double() for words, _ in batch]
+    return {
+        "label": torch.tensor([label for _, label in batch]),
+        "x": pad_sequence(times, batch_first=True),
+        "lengths": [len(x) for x in times],
+        "marks": pad_sequence([x[:, 0] for x in times], batch_first=True).numpy(),
+    }
+
+
+def of_times_first(batch: Sequence[Record]) -> dict[str, Any]:
+    found = of_times(batch)
+    return {**found, "x": found["x"].transpose(0, 1)}
+
+
+def over_times(model: nn.Module, batch: dict[str, Any]) -> Tensor:
+    labels = batch.pop("label")
+    return F.cross_entropy(model(batch.pop("x"), batch["lengths"]), labels)
+
+
+@pytest.mark.parametrize("batch_first", [True, False])
+@pytest.mark.parametrize("mode", MODES)
+def test_series_of_numbers_may_be_padded_as_well(mode: str, batch_first: bool) -> None:
+    collate = of_times if batch_first else of_times_first
+    sizes = []
+    for masked in (True, False):
+        torch.manual_seed(0)
+        model, optimizer, loader = made_private(
+            Times(masked=masked, batch_first=batch_first).double(), records(), collate, mode, batch_first=batch_first
+        )
+        for batch in loader:
+            if masked:
+                over_times(model, batch).backward()
+                optimizer.step()
+                sizes.append(len(batch["lengths"]))
+            else:
+                with pytest.raises(PrivacyError, match="padded less"):
+                    over_times(model, batch)
+    assert sizes == [6]
 
 
 def test_padding_that_goes_before_is_cut_there() -> None:
@@ -393,14 +479,22 @@ def test_records_that_cannot_be_collated_alone_are_refused() -> None:
         trained(built(MaskedMean), FromWorkers(), to_longest, "bk", num_workers=1)  # type: ignore[arg-type]
 
 
-def test_records_that_are_drawn_anew_are_not_compared() -> None:
-    class Crops(list):  # type: ignore[type-arg]
-        def __getitem__(self, index: Any) -> Any:
-            words, label = super().__getitem__(index)
-            begin = int(torch.randint(len(words), ()))
-            return words[begin:], label
+class Crops(list):  # type: ignore[type-arg]
+    """Records that are others each time that they are fetched."""
 
-    trained(built(MaskedMean), Crops(records()), to_longest, "bk")
+    def __getitem__(self, index: Any) -> Any:
+        words, label = super().__getitem__(index)
+        return words[int(torch.randint(len(words), ())) :], label
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_records_that_are_drawn_anew_may_be_padded_too(seed: int) -> None:
+    model, optimizer, loader = made_private(built(MaskedMean), Crops(records() * 5), to_longest)
+    torch.manual_seed(seed)
+    assert epoch(model, optimizer, loader, of_labels) == len(loader)
+    model, optimizer, loader = made_private(built(Mean), Crops(records() * 5), to_longest)
+    with pytest.raises(PrivacyError, match="padded less"):
+        epoch(model, optimizer, loader, of_labels)
 
 
 def test_the_search_leaves_random_states_as_they_were() -> None:

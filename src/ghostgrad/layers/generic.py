@@ -17,7 +17,7 @@ from ghostgrad.errors import UnsupportedModuleError
 from ghostgrad.gradients import Explicit, Use
 from ghostgrad.layers.call import Call
 from ghostgrad.layers.replay import Drawn, NotReplayableError
-from ghostgrad.tree import flatten, tensors
+from ghostgrad.tree import flatten, map_numbers, tensors
 
 _TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-3, torch.bfloat16: 5e-2, torch.float16: 1e-2}
 """How far a record recomputed alone may be from the same record in the batch, relative to the largest output."""
@@ -69,6 +69,8 @@ class _Recomputed:
     def __init__(self, call: Call) -> None:
         self._call, self._n = call, call.rows.n
         self._leaves, self._rebuild = flatten((call.args, dict(call.kwargs)))
+        self._lists: list[list[float]] = []
+        map_numbers(self._lists.append, (call.args, dict(call.kwargs)), self._n)
         self.dims = [call.rows.input(i, leaf) for i, leaf in enumerate(self._leaves)]
         self._batched = [i for i, dim in enumerate(self.dims) if dim is not None]
         if not self._batched:
@@ -96,15 +98,16 @@ class _Recomputed:
             self.rows(grad, self.out_dims[i]) for i, grad in enumerate(self._call.grad_outputs) if grad is not None
         ]
         drawn = self._drawn()
-        try:
-            with warnings.catch_warnings(), _replayed(drawn, None):
-                # An operator that `vmap` has to run in a loop of its own is slow, not wrong.
-                warnings.filterwarnings("ignore", message="There is a performance drop")
-                batched = vmap(self._transformed, randomness="error" if drawn is None else "different")
-                found: tuple[Gradients, tuple[Tensor, ...]] = batched(inputs, grads)
-                return found
-        except _NOT_BATCHABLE:
-            pass
+        if not self._lists:  # `vmap` has no lists of which each record gets its own number
+            try:
+                with warnings.catch_warnings(), _replayed(drawn, None):
+                    # An operator that `vmap` has to run in a loop of its own is slow, not wrong.
+                    warnings.filterwarnings("ignore", message="There is a performance drop")
+                    batched = vmap(self._transformed, randomness="error" if drawn is None else "different")
+                    found: tuple[Gradients, tuple[Tensor, ...]] = batched(inputs, grads)
+                    return found
+            except _NOT_BATCHABLE:
+                pass
         try:
             return self._loop(inputs, grads, drawn)
         except NotReplayableError as error:
@@ -133,7 +136,7 @@ class _Recomputed:
         for i in range(self._n):
             leaves = {name: p.requires_grad_() for name, p in self._parameters().items()}
             with _replayed(drawn, i), torch.enable_grad():
-                outputs = self._outputs(leaves, [rows[i] for rows in inputs])
+                outputs = self._outputs(leaves, [rows[i] for rows in inputs], i)
                 seen = [j for j, out in enumerate(outputs) if out.requires_grad]
                 found = torch.autograd.grad(
                     [outputs[j] for j in seen], list(leaves.values()), [grads[j][i].reshape(outputs[j].shape) for j in seen],
@@ -156,22 +159,24 @@ class _Recomputed:
             for name, p in self._call.parameters.items()
         }
 
-    def _run(self, parameters: Gradients, leaves: Sequence[Tensor]) -> list[Tensor]:
-        """The floating-point outputs for these inputs."""
+    def _run(self, parameters: Gradients, leaves: Sequence[Tensor], record: int | None = None) -> list[Tensor]:
+        """The floating-point outputs for these inputs, of all records or of one."""
         module = self._call.module
         args, kwargs = self._rebuild(leaves)
+        if record is not None:
+            args, kwargs = map_numbers(lambda numbers: [numbers[record]], (args, kwargs), self._n)
         # Copies of the buffers as the call met them: what a second run of the forward does to them must not show.
         buffers = {name: self._call.buffers.get(name, buffer).clone() for name, buffer in module.named_buffers()}
         with self._call.autocast or nullcontext():
             result = tensors(functional_call(module, (parameters, buffers), args, kwargs))
         return [leaf for leaf in result if leaf.is_floating_point()]
 
-    def _outputs(self, parameters: Gradients, record: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    def _outputs(self, parameters: Gradients, record: Sequence[Tensor], place: int | None = None) -> tuple[Tensor, ...]:
         """The outputs at which a gradient arrived, for one record, [fold, ...]."""
         leaves = list(self._leaves)
         for i, tensor in zip(self._batched, record, strict=True):
             leaves[i] = tensor.movedim(0, self.dims[i] or 0)
-        outputs = self._run(parameters, leaves)
+        outputs = self._run(parameters, leaves, place)
         return tuple(self._led(outputs[i], i) for i in self.arrived)
 
     def _led(self, output: Tensor, index: int) -> Tensor:

@@ -12,6 +12,7 @@ from ghostgrad.errors import PrivacyError
 from ghostgrad.layers import Rows
 from ghostgrad.recording.draws import NoDraws, in_mode
 from ghostgrad.recording.proofs import Outcome, close, forward
+from ghostgrad.recording.rows import some_of
 from ghostgrad.sampling import Padding, cut_to
 from ghostgrad.tree import map_tensors, tensors
 
@@ -64,27 +65,14 @@ class _Cut:
 
     def apply(self, batch: Any, most: int | None) -> Any:
         """``most`` dimensions of each tensor made as short as the record is."""
-        args, kwargs = map_tensors(lambda t: self._cut(t, most), batch)
-        return tuple(map(self._pick, args)), {name: self._pick(arg) for name, arg in kwargs.items()}
+        return map_tensors(lambda one: cut_to(one, self._shape(one, most), left=self.left), self._of_record(batch))
 
-    def _cut(self, tensor: Tensor, most: int | None) -> Tensor:
-        one = self._of_record(tensor)
-        return cut_to(one, self._shape(one, most), left=self.left)
-
-    def _of_record(self, tensor: Tensor) -> Tensor:
-        dim = 0 if self.rows.batch_first else 1
-        holds = tensor.dim() > dim and tensor.shape[dim] == self.rows.n
-        return tensor.narrow(dim, self.record, 1) if holds else tensor
+    def _of_record(self, tree: Any) -> Any:
+        return some_of(tree, self.rows.n, range(self.record, self.record + 1), batch_first=self.rows.batch_first)
 
     def _shape(self, one: Tensor, most: int | None) -> list[int]:
         padded = [dim for dim, size in enumerate(one.shape) if size in self._sizes][:most]
         return [self._sizes[size] if dim in padded else size for dim, size in enumerate(one.shape)]
-
-    def _pick(self, argument: Any) -> Any:
-        """Lengths may be a list of numbers."""
-        if isinstance(argument, (list, tuple)) and len(argument) == self.rows.n and isinstance(argument[0], int):
-            return type(argument)([argument[self.record]])
-        return argument
 
 
 def _alone(root: nn.Module, batch: Any, cut: _Cut) -> Outcome:

@@ -136,11 +136,3 @@ def _by_rank(kind: Kind, inputs: Found, outputs: Found) -> Found:
                 unknown.add(rank)
     held = {rank: (seen - {None}) or {None} for rank, seen in dims.items() if rank not in unknown}
     return {rank: next(iter(seen)) for rank, seen in held.items() if len(seen) == 1}
-
-
-def one_more(tensor: Tensor, n: int, *, batch_first: bool) -> Tensor:
-    """A tensor of ``n`` records with the first of them once more; one without them as it is."""
-    dim = 0 if batch_first else 1
-    if tensor.dim() <= dim or tensor.shape[dim] != n:
-        return tensor
-    return torch.cat([tensor, tensor.narrow(dim, 0, 1)], dim)

@@ -28,7 +28,7 @@ from ghostgrad.recording.passes import Passes
 from ghostgrad.recording.probe import Boundary
 from ghostgrad.recording.refusals import check_batch_norms, check_same_records
 from ghostgrad.recording.rehearsal import Rehearsal
-from ghostgrad.recording.rows import count_records, no_rows, one_row_of_zeros, rows_of
+from ghostgrad.recording.rows import count_records, no_rows, one_row, rows_of
 from ghostgrad.recording.sharded import Sharded
 from ghostgrad.recording.sliced import Sliced
 from ghostgrad.recording.tape import Delivery, Recording, Tape
@@ -208,7 +208,7 @@ class Recorder:
             self._check_padding(args, kwargs, tape)
         modules.tape = tape
         if n == 0:
-            return one_row_of_zeros((args, kwargs), batch_first=self.batch_first)
+            return self._one_row((args, kwargs))
         return self._stand_in(tape, args, kwargs)
 
     def _forget_interrupted(self) -> None:
@@ -257,6 +257,15 @@ class Recorder:
         if padded:
             with self.modules.paused(), proofs.shaken(self.root):
                 tape.padded = check_padding(self.root, args, kwargs, tape.n, padded, batch_first=self.batch_first)
+
+    def _one_row(self, batch: Any) -> Any:
+        """What the model runs on in the place of no records; lengths are 1 where it does not run on 0."""
+        zeros = one_row(batch, batch_first=self.batch_first)
+        if self._in_step is not None:
+            return zeros  # ranks run the model equally often
+        with self.modules.paused(), torch.random.fork_rng():
+            runs = proofs.forward(self.root, zeros, constant=False) is not None
+        return zeros if runs else one_row(batch, batch_first=self.batch_first, length=1)
 
     @staticmethod
     def _stand_in(tape: Tape, args: Any, kwargs: Any) -> Any:

@@ -26,8 +26,9 @@ from ghostgrad.layers import Call, Rows, Rule
 from ghostgrad.recording import proofs
 from ghostgrad.recording.losses import watch
 from ghostgrad.recording.modules import Modules
-from ghostgrad.recording.places import Known, Observed, one_more
+from ghostgrad.recording.places import Known, Observed
 from ghostgrad.recording.plan import Layout
+from ghostgrad.recording.rows import with_one_more
 from ghostgrad.recording.tape import Tape
 from ghostgrad.recording.totals import Totals
 from ghostgrad.tree import map_tensors, tensors
@@ -127,7 +128,7 @@ class Rehearsal:
         modules.observed, modules.observing = Observed(), True
         try:
             with self._recorded(n + 1), torch.no_grad():
-                self._forward(map_tensors(lambda t: one_more(t, n, batch_first=modules.batch_first), batch))
+                self._forward(with_one_more(batch, n, batch_first=modules.batch_first))
         except GhostgradError:
             raise
         except Exception:

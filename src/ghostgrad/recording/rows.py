@@ -9,7 +9,18 @@ from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
 from ghostgrad.errors import UnsupportedModuleError
-from ghostgrad.tree import map_tensors, tensors
+from ghostgrad.tree import map_numbers, map_tensors, tensors
+
+
+def dim_of_records(tensor: Tensor, *, batch_first: bool) -> int:
+    """Which dimension of an argument of the root is the batch's, if it has one: lengths beside time-first data have only that."""
+    return 0 if batch_first or tensor.dim() == 1 else 1
+
+
+def holds_records(tensor: Tensor, n: int, *, batch_first: bool) -> bool:
+    """Whether an argument of the root holds the ``n`` records."""
+    dim = dim_of_records(tensor, batch_first=batch_first)
+    return tensor.dim() > dim and tensor.shape[dim] == n
 
 
 def count_records(args: Any, kwargs: Any, delivered: int | None, *, batch_first: bool) -> int:
@@ -47,58 +58,70 @@ def count_records(args: Any, kwargs: Any, delivered: int | None, *, batch_first:
     return sizes[0]
 
 
-def one_row_of_zeros(tree: Any, *, batch_first: bool) -> Any:
-    """A batch of no records made into one row of zeros, so that any model can run on it."""
-    dim = 0 if batch_first else 1
+def one_row(tree: Any, *, batch_first: bool, length: int = 0) -> Any:
+    """A batch of no records made into one row of zeros, so that any model can run on it.
+
+    Args:
+        length: what stands in whole numbers of one dimension, and in lists: functions that pack sequences take no 0.
+    """
 
     def fill(tensor: Tensor) -> Tensor:
-        if tensor.dim() <= dim or tensor.shape[dim]:
+        if not holds_records(tensor, 0, batch_first=batch_first):
             return tensor
         shape = list(tensor.shape)
-        shape[dim] = 1
-        return torch.zeros(shape, dtype=tensor.dtype, device=tensor.device)
+        shape[dim_of_records(tensor, batch_first=batch_first)] = 1
+        whole = tensor.dim() == 1 and not tensor.is_floating_point() and tensor.dtype is not torch.bool
+        return torch.full(shape, length if whole else 0, dtype=tensor.dtype, device=tensor.device)
 
-    return map_tensors(fill, tree)
+    return map_tensors(fill, map_numbers(lambda _: [length], tree, 0) if length else tree)
 
 
 def no_rows(tree: Any, *, batch_first: bool) -> Any:
     """Outputs for that one row, cut to no rows and off their graph; what has no batch dimension becomes zero."""
-    dim = 0 if batch_first else 1
 
     def cut(tensor: Tensor) -> Tensor:
-        return tensor.detach().narrow(dim, 0, 0) if tensor.dim() > dim else torch.zeros_like(tensor)
+        if not tensor.dim():
+            return torch.zeros_like(tensor)
+        dim = dim_of_records(tensor, batch_first=batch_first)
+        if dim and tensor.shape[0] == 1 and (tensor.shape[1] != 1 or tensor.dim() == 2):
+            dim = 0  # of time-first data that was pooled
+        return tensor.detach().narrow(dim, 0, 0)
 
     return map_tensors(cut, tree)
 
 
 def some_of(tree: Any, n: int, kept: range, *, batch_first: bool) -> Any:
     """The call's arguments with some of their ``n`` records, one after the other."""
-    dim = 0 if batch_first else 1
-
-    def cut(tensor: Tensor) -> Tensor:
-        return tensor.narrow(dim, kept.start, len(kept)) if tensor.dim() > dim and tensor.shape[dim] == n else tensor
-
-    return map_tensors(cut, tree)
+    return _chosen(tree, n, list(kept), batch_first=batch_first)
 
 
 def with_first_replaced(tree: Any, n: int, *, batch_first: bool) -> Any:
     """The call's arguments with the second record in the place of the first too: as many records, one of them another."""
-    dim = 0 if batch_first else 1
+    return _chosen(tree, n, [1, *range(1, n)], batch_first=batch_first)
 
-    def put(tensor: Tensor) -> Tensor:
-        if tensor.dim() <= dim or tensor.shape[dim] != n:
+
+def with_one_more(tree: Any, n: int, *, batch_first: bool) -> Any:
+    """The call's arguments with the first of their ``n`` records once more."""
+    return _chosen(tree, n, [*range(n), 0], batch_first=batch_first)
+
+
+def _chosen(tree: Any, n: int, records: list[int], *, batch_first: bool) -> Any:
+    """The call's arguments with these of their records; lists of numbers, such as lengths, hold them as tensors do."""
+
+    def choose(tensor: Tensor) -> Tensor:
+        if not holds_records(tensor, n, batch_first=batch_first):
             return tensor
-        return torch.cat([tensor.narrow(dim, 1, 1), tensor.narrow(dim, 1, n - 1)], dim)
+        dim = dim_of_records(tensor, batch_first=batch_first)
+        return tensor.index_select(dim, torch.tensor(records, device=tensor.device))
 
-    return map_tensors(put, tree)
+    return map_tensors(choose, map_numbers(lambda numbers: [numbers[i] for i in records], tree, n))
 
 
 def rows_of(args: Any, kwargs: Any, n: int, *, batch_first: bool) -> Tensor | None:
     """The first tensor of a call that holds the records, with them first; None if there is none."""
-    dim = 0 if batch_first else 1
     for tensor in tensors((args, kwargs)):
-        if tensor.dim() > dim and tensor.shape[dim] == n:
-            return tensor.detach().movedim(dim, 0)
+        if holds_records(tensor, n, batch_first=batch_first):
+            return tensor.detach().movedim(dim_of_records(tensor, batch_first=batch_first), 0)
     return None
 
 

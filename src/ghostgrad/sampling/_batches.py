@@ -39,26 +39,10 @@ def _nodes(batch: Any) -> Iterator[Any]:
             waiting.extend(reversed(list(_children(node))))
 
 
-def numeric_arrays(batch: Any) -> list[torch.Tensor]:
-    """The tensors of a batch, and its arrays of numbers as tensors, in one order for batches of one structure."""
+def numeric_arrays(batch: Any) -> list[Any]:
+    """The tensors of a batch, and its arrays of numbers, in one order for batches of one structure."""
     arrays = [node for node in _nodes(batch) if isinstance(node, _ARRAYS)]
-    return [torch.as_tensor(a) for a in arrays if isinstance(a, torch.Tensor) or a.dtype.kind in "biufc"]
-
-
-def same_data(one: Any, other: Any) -> bool:
-    """Whether two records hold the same numbers and texts.
-
-    >>> same_data({"x": torch.ones(2), "words": [1, 2]}, {"x": torch.ones(2), "words": [1, 3]})
-    False
-    """
-    if type(one) is not type(other):
-        return False
-    if isinstance(one, _ARRAYS):
-        return one.shape == other.shape and bool((one == other).all())
-    if isinstance(one, _ATOMS):
-        return bool(one == other)
-    children, others = list(_children(one)), list(_children(other))
-    return len(children) == len(others) and all(map(same_data, children, others))
+    return [array for array in arrays if isinstance(array, torch.Tensor) or array.dtype.kind in "biufc"]
 
 
 def _holds_arrays(batch: Any) -> bool:

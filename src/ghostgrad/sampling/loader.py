@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from functools import partial
 from typing import Any, TypeVar
 
 import torch
@@ -287,7 +286,7 @@ class DPDataLoader(DataLoader[T_co]):
                     logical_batch = self.feed.deliver(
                         None if piece.opens else logical_batch,
                         records=len(piece.indices), last=piece.last, epoch=current.epoch, place=piece.place,
-                        padding=partial(self._padding, batch, piece.indices),
+                        padding=self._padding.among(batch, piece.indices),
                     )  # fmt: skip
                     with self._measured(len(piece.indices)):
                         yield batch

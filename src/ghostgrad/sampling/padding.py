@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,7 +14,7 @@ from torch.utils.data import default_collate
 
 from ghostgrad._generators import draws_put_back
 from ghostgrad.errors import ConfigurationError
-from ghostgrad.sampling._batches import fetch, numeric_arrays, same_data
+from ghostgrad.sampling._batches import fetch, numeric_arrays
 
 _TRIED = 16
 """Records of a batch that are collated alone. That all of them are as long as the longest says that lengths are fixed, or
@@ -40,8 +42,7 @@ class Padding:
 class PaddingSearch:
     """Looks for padded records in the batches of a loader, wherever one has a shape in which none was missed before.
 
-    Records are fetched in the main process, as for an empty batch; the global random states stay as they were. Of a
-    dataset whose records are others each time that they are fetched (crops at random) nothing is found.
+    Records are fetched in the main process, as for an empty batch; the global random states stay as they were.
 
     Args:
         dataset: where they are fetched from.
@@ -50,7 +51,7 @@ class PaddingSearch:
     >>> from torch.nn.utils.rnn import pad_sequence
     >>> records = [torch.arange(1, 4), torch.arange(1, 6)]
     >>> search = PaddingSearch(records, lambda batch: pad_sequence(batch, batch_first=True))
-    >>> search(pad_sequence(records, batch_first=True), [0, 1])
+    >>> search.among(pad_sequence(records, batch_first=True), [0, 1])()
     [Padding(record=0, sizes={5: 3}, left=False)]
     """
 
@@ -58,37 +59,36 @@ class PaddingSearch:
         self._dataset, self._collate_fn = dataset, collate_fn
         self._unpadded: set[tuple[tuple[int, ...], ...]] = set()
 
-    def __call__(self, batch: Any, indices: Sequence[int]) -> list[Padding]:
-        """The shortest of the records with these indices that were padded.
+    def among(self, batch: Any, indices: Sequence[int]) -> Callable[[], Sequence[Padding]]:
+        """Looks when it is called, in the tensors that the batch holds now: loops take their batches apart.
+
+        Returns:
+            The shortest of the records with these indices that were padded.
 
         Raises:
-            ConfigurationError: a record cannot be fetched or collated by itself.
+            ConfigurationError: then, if a record cannot be fetched or collated by itself.
         """
-        n = len(indices)
-        if self._collate_fn is default_collate or n < 2:
-            return []
-        tensors = numeric_arrays(batch)
+        if self._collate_fn is default_collate or len(indices) < 2:
+            return tuple
+        return partial(self._look, numeric_arrays(batch), indices)
+
+    def _look(self, arrays: Sequence[Any], indices: Sequence[int]) -> Sequence[Padding]:
+        n, tensors = len(indices), _as_tensors(arrays)
         shapes = tuple(tuple(size for dim, size in enumerate(t.shape) if dim != _rows(t, n)) for t in tensors)
         if shapes in self._unpadded:
-            return []
+            return ()
         with torch.random.fork_rng(devices=[]), draws_put_back():
-            alone = [self._alone(index) for index in indices[:_TRIED]]
-        found = (
-            [] if None in alone else [_compare(tensors, own, i, n) for i, own in enumerate(alone) if own is not None]
-        )
+            found = [_compare(tensors, self._alone(index), i, n) for i, index in enumerate(indices[:_TRIED])]
         padded = [padding for padding in found if padding is not None]
         if not padded:
             self._unpadded.add(shapes)
         return sorted(padded, key=lambda padding: sum(padding.sizes.values()))[:_KEPT]
 
-    def _alone(self, index: int) -> list[Tensor] | None:
-        """What a record is collated to when the batch is two of it: some functions squeeze a batch of one.
-
-        None where the record is another each time.
-        """
+    def _alone(self, index: int) -> list[Tensor]:
+        """What a record is collated to when the batch is two of it: some functions squeeze a batch of one."""
         try:
-            record, again = fetch(self._dataset, [index, index])
-            return numeric_arrays(self._collate_fn([record, again])) if same_data(record, again) else None
+            (record,) = fetch(self._dataset, [index])
+            return _as_tensors(numeric_arrays(self._collate_fn([record, copy.deepcopy(record)])))
         except Exception as error:
             raise ConfigurationError(
                 f"a record alone could not be fetched in the main process and given to collate_fn ({type(error).__name__}: "
@@ -98,27 +98,54 @@ class PaddingSearch:
             ) from error
 
 
+def _as_tensors(arrays: Sequence[Any]) -> list[Tensor]:
+    return [array if isinstance(array, Tensor) else torch.tensor(array) for array in arrays]
+
+
 def _rows(tensor: Tensor, n: int) -> int | None:
     """The dimension that holds the records."""
     return next((dim for dim, size in enumerate(tensor.shape[:2]) if size == n), None)
 
 
 def _compare(batch: Sequence[Tensor], alone: Sequence[Tensor], record: int, n: int) -> Padding | None:
-    """What was added to a record, where it is otherwise much the same in its own batch of two (words may be masked at random)."""
-    sizes: dict[int, int] = {}
-    equal: dict[bool, list[float]] = {False: [], True: []}
+    """A row of the batch that is as long as a record alone, if that was padded: its own, wherever the function put it."""
+    pairs = []
     for tensor, short in zip(batch, alone, strict=False):
         rows, own_rows = _rows(tensor, n), _rows(short, 2)
-        if rows is None or own_rows is None or tensor.dim() != short.dim():
-            continue
-        mine, own = tensor.select(rows, record), short.select(own_rows, 0)
-        pairs = [(size, less) for size, less in zip(mine.shape, own.shape, strict=True) if size != less]
-        if any(size < less or sizes.setdefault(size, less) != less for size, less in pairs):
-            return None  # sizes that are drawn; or two that are padded to one, which cannot be told apart
-        for left in equal if pairs and own.numel() else ():
-            equal[left].append(float((cut_to(mine, own.shape, left=left) == own).double().mean()))
-    same = {left: sum(shares) / len(shares) if shares else 0.0 for left, shares in equal.items()}
-    return Padding(record, sizes, left=same[True] > same[False]) if max(same.values()) >= 0.5 else None
+        if rows is not None and own_rows is not None and tensor.dim() == short.dim():
+            pairs.append((tensor.movedim(rows, 0), short.select(own_rows, 0)))
+    sizes: dict[int, int] = {}
+    for lead, own in pairs:
+        for size, less in zip(lead.shape[1:], own.shape, strict=True):
+            if size < less or (size > less and sizes.setdefault(size, less) != less):
+                return None  # sizes that are drawn; or two that are padded to one, which cannot be told apart
+    if not sizes or not all(own.numel() for _, own in pairs):
+        return None
+    found = []
+    for left in (False, True):
+        same = torch.stack([_same(lead, own, left=left) for lead, own in pairs]).amin(0)
+        constant = torch.stack([_constant_beyond(lead, own, left=left) for lead, own in pairs]).all(0)
+        same[record] += 1e-9  # where several are as good, its own place
+        # Much the same is enough: words may be masked at random, positions counted on in the padding.
+        likeness = torch.where(constant | (same >= 0.5), same + constant, -1.0)
+        place = int(likeness.argmax())
+        found.append((float(likeness[place]), Padding(place, sizes, left)))
+    best, padding = max(found, key=lambda each: each[0])
+    return padding if best >= 0 else None
+
+
+def _same(rows: Tensor, own: Tensor, *, left: bool) -> Tensor:
+    """How much of each row [n, ...] is what a record is alone."""
+    equal = cut_to(rows, (len(rows), *own.shape), left=left) == own
+    return equal.reshape(len(rows), -1).double().mean(1)
+
+
+def _constant_beyond(rows: Tensor, own: Tensor, *, left: bool) -> Tensor:
+    """Whether all that each row has more is one value: padding."""
+    beyond = torch.ones(rows.shape[1:], dtype=torch.bool)
+    cut_to(beyond, own.shape, left=left).fill_(False)
+    values = rows[:, beyond]
+    return (values == values[:, :1]).all(1)
 
 
 def cut_to(tensor: Tensor, shape: Sequence[int], *, left: bool) -> Tensor:
