@@ -17,14 +17,15 @@ Train = Callable[..., PrivacyEngine]
 
 
 class Pooled(nn.Module):
-    """Sequences of any length."""
+    """Sequences of any length, padded with zeros."""
 
     def __init__(self) -> None:
         super().__init__()
         self.inner, self.outer = nn.Linear(64, 64), nn.Linear(64, 2)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.outer(torch.tanh(self.inner(x)).mean(1))
+        mask = x.abs().sum(2, keepdim=True) > 0
+        return self.outer((torch.tanh(self.inner(x)) * mask).sum(1) / mask.sum(1).clamp(min=1))
 
 
 def padded(records: list[tuple[Tensor, int]]) -> tuple[Tensor, Tensor]:
