@@ -92,3 +92,16 @@ def test_an_empty_batch_may_come_first_or_last(mode: str, batch_first: bool, as_
     assert not released(model, mode, batch_first, empty).any()
     torch.testing.assert_close(released(model, mode, batch_first, empty, full), before, rtol=0, atol=0)
     torch.testing.assert_close(released(model, mode, batch_first, full, empty), before, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("as_list", [False, True], ids=["tensor", "list"])
+def test_a_check_cuts_lengths_with_their_records(as_list: bool) -> None:
+    torch.manual_seed(0)
+    x, labels = batch(LENGTHS, batch_first=True)
+    report = PrivacyEngine().check(
+        (x, LENGTHS if as_list else torch.tensor(LENGTHS), labels),
+        lambda module, parts: F.cross_entropy(module(parts[0], parts[1]), parts[2]),
+        module=Encoder(batch_first=True).double(),
+        verbose=False,
+    )
+    assert report.holds

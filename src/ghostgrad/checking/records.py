@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ghostgrad.distributed import is_split
 from ghostgrad.errors import ConfigurationError
 from ghostgrad.recording.draws import NoDraws
-from ghostgrad.tree import map_tensors, tensors
+from ghostgrad.tree import map_numbers, map_tensors, tensors
 
 LossFunction = Callable[[Any, Any], Tensor]
 """``loss_fn(module, batch)``: the scalar loss, as in the training loop."""
@@ -26,7 +26,7 @@ class Batch:
 
     Args:
         tree: tensors in tuples, lists, mappings, dataclasses. Those whose batch dimension has the size of the first one's
-            hold the records; others stay as they are.
+            hold the records, and so do lists of as many numbers; others stay as they are.
         batch_first: whether that is dimension 0; else dimension 1, or 0 for tensors of one dimension.
 
     Raises:
@@ -55,7 +55,7 @@ class Batch:
                 return tensor.detach().clone()
             return tensor.detach().index_select(self._dim(tensor), chosen.to(tensor.device))
 
-        return map_tensors(cut, self.tree)
+        return map_tensors(cut, map_numbers(lambda numbers: [numbers[i] for i in records], self.tree, self.n))
 
 
 class Subject:
