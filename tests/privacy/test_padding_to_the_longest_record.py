@@ -504,3 +504,35 @@ def test_the_search_leaves_random_states_as_they_were() -> None:
     next(batches)
     assert loader.feed.padding()
     assert torch.equal(before, torch.get_rng_state())
+
+
+# ------------------------------------------------------------------------------------------------ what else batches hold
+
+
+def beside_lists(batch: Sequence[Record]) -> dict[str, Any]:
+    """As for detection: what belongs to a record stands in a list, before what was padded."""
+    words, lengths, labels = to_longest(batch)
+    return {"boxes": [{"box": w[:, None]} for w, _ in batch], "lengths": list(lengths), "words": words, "label": labels}
+
+
+def beside_other_layouts(batch: Sequence[Record]) -> dict[str, Any]:
+    """Nothing in them can be cut."""
+    ragged = [words.double() for words, _ in batch]
+    jagged = torch.nested.nested_tensor(ragged, layout=torch.jagged)
+    return {"sparse": torch.eye(len(batch)).to_sparse(), "jagged": jagged, **beside_lists(batch)}
+
+
+def of_named(model: nn.Module, batch: dict[str, Any]) -> Tensor:
+    return F.cross_entropy(model(batch["words"], torch.stack(batch["lengths"])), batch["label"])
+
+
+@pytest.mark.parametrize("collate", [beside_lists, beside_other_layouts])
+def test_lists_of_records_and_other_layouts_stand_beside_what_was_padded(collate: Any) -> None:
+    for kind in (MaskedMean, Mean):
+        model, optimizer, loader = made_private(built(kind), records(), collate)
+        batches = ((batch,) for batch in loader)
+        if kind is MaskedMean:
+            assert epoch(model, optimizer, batches, of_named) == 1
+        else:
+            with pytest.raises(PrivacyError, match="padded less"):
+                epoch(model, optimizer, batches, of_named)

@@ -17,32 +17,42 @@ _ATOMS = (str, bytes, bytearray, int, float, complex, bool, type(None), type)
 _ARRAYS = (torch.Tensor, np.ndarray)
 
 
-def _children(node: Any) -> Iterable[Any]:
+def _children(node: Any) -> Iterable[tuple[Any, Any]]:
+    """With their names. In a list of another length they have others: it has one entry a record."""
     if isinstance(node, Mapping):
-        return node.values()
+        return node.items()
     if isinstance(node, Sequence):
-        return node
-    return vars(node).values() if hasattr(node, "__dict__") else ()
+        return [((i, len(node)), child) for i, child in enumerate(node)]
+    return vars(node).items() if hasattr(node, "__dict__") else ()
 
 
-def _nodes(batch: Any) -> Iterator[Any]:
-    """Arrays and containers of a batch, outermost and leftmost first, each object once."""
+def _placed_nodes(batch: Any) -> Iterator[tuple[tuple[Any, ...], Any]]:
+    """Arrays and containers of a batch and where they are, outermost and leftmost first, each object once."""
     seen: set[int] = set()
-    waiting = [batch]
+    waiting: list[tuple[tuple[Any, ...], Any]] = [((), batch)]
     while waiting:
-        node = waiting.pop()
+        place, node = waiting.pop()
         if isinstance(node, _ATOMS) or id(node) in seen:
             continue
         seen.add(id(node))
-        yield node
+        yield place, node
         if not isinstance(node, _ARRAYS):
-            waiting.extend(reversed(list(_children(node))))
+            waiting.extend(reversed([((*place, name), child) for name, child in _children(node)]))
 
 
-def numeric_arrays(batch: Any) -> list[Any]:
-    """The tensors of a batch, and its arrays of numbers, in one order for batches of one structure."""
-    arrays = [node for node in _nodes(batch) if isinstance(node, _ARRAYS)]
-    return [array for array in arrays if isinstance(array, torch.Tensor) or array.dtype.kind in "biufc"]
+def _nodes(batch: Any) -> Iterator[Any]:
+    return (node for _, node in _placed_nodes(batch))
+
+
+def numeric_arrays(batch: Any) -> dict[tuple[Any, ...], Any]:
+    """The dense tensors of a batch, and its arrays of numbers, by where they are in it."""
+    return {place: node for place, node in _placed_nodes(batch) if _is_dense(node)}
+
+
+def _is_dense(node: Any) -> bool:
+    if isinstance(node, torch.Tensor):
+        return node.layout is torch.strided and not node.is_nested
+    return isinstance(node, np.ndarray) and node.dtype.kind in "biufc"
 
 
 def _holds_arrays(batch: Any) -> bool:

@@ -72,9 +72,9 @@ class PaddingSearch:
             return tuple
         return partial(self._look, numeric_arrays(batch), indices)
 
-    def _look(self, arrays: Sequence[Any], indices: Sequence[int]) -> Sequence[Padding]:
+    def _look(self, arrays: Mapping[Any, Any], indices: Sequence[int]) -> Sequence[Padding]:
         n, tensors = len(indices), _as_tensors(arrays)
-        shapes = tuple(tuple(size for dim, size in enumerate(t.shape) if dim != _rows(t, n)) for t in tensors)
+        shapes = tuple(tuple(size for dim, size in enumerate(t.shape) if dim != _rows(t, n)) for t in tensors.values())
         if shapes in self._unpadded:
             return ()
         with torch.random.fork_rng(devices=[]), draws_put_back():
@@ -84,7 +84,7 @@ class PaddingSearch:
             self._unpadded.add(shapes)
         return sorted(padded, key=lambda padding: sum(padding.sizes.values()))[:_KEPT]
 
-    def _alone(self, index: int) -> list[Tensor]:
+    def _alone(self, index: int) -> dict[Any, Tensor]:
         """What a record is collated to when the batch is two of it: some functions squeeze a batch of one."""
         try:
             (record,) = fetch(self._dataset, [index])
@@ -98,8 +98,8 @@ class PaddingSearch:
             ) from error
 
 
-def _as_tensors(arrays: Sequence[Any]) -> list[Tensor]:
-    return [array if isinstance(array, Tensor) else torch.tensor(array) for array in arrays]
+def _as_tensors(arrays: Mapping[Any, Any]) -> dict[Any, Tensor]:
+    return {place: array if isinstance(array, Tensor) else torch.tensor(array) for place, array in arrays.items()}
 
 
 def _rows(tensor: Tensor, n: int) -> int | None:
@@ -107,10 +107,10 @@ def _rows(tensor: Tensor, n: int) -> int | None:
     return next((dim for dim, size in enumerate(tensor.shape[:2]) if size == n), None)
 
 
-def _compare(batch: Sequence[Tensor], alone: Sequence[Tensor], record: int, n: int) -> Padding | None:
+def _compare(batch: Mapping[Any, Tensor], alone: Mapping[Any, Tensor], record: int, n: int) -> Padding | None:
     """A row of the batch that is as long as a record alone, if that was padded: its own, wherever the function put it."""
     pairs = []
-    for tensor, short in zip(batch, alone, strict=False):
+    for tensor, short in ((tensor, alone[place]) for place, tensor in batch.items() if place in alone):
         rows, own_rows = _rows(tensor, n), _rows(short, 2)
         if rows is not None and own_rows is not None and tensor.dim() == short.dim():
             pairs.append((tensor.movedim(rows, 0), short.select(own_rows, 0)))
