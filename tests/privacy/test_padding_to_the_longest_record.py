@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from leave_one_out import MODES, C
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence, pad_sequence
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset, Subset
 
 from ghostgrad import BatchMemoryManager, ConfigurationError, PrivacyEngine, PrivacyError
 
@@ -536,3 +536,42 @@ def test_lists_of_records_and_other_layouts_stand_beside_what_was_padded(collate
         else:
             with pytest.raises(PrivacyError, match="padded less"):
                 epoch(model, optimizer, batches, of_named)
+
+
+# ------------------------------------------------------------------------------------------------ where they come from
+
+
+class FetchedAtOnce(Dataset[Any]):
+    """As datasets that tokenize what they fetch: single records, or (``whole``) a batch that is left as it is."""
+
+    def __init__(self, *, whole: bool) -> None:
+        self.whole = whole
+
+    def __len__(self) -> int:
+        return len(LENGTHS)
+
+    def __getitems__(self, indices: list[int]) -> Any:
+        batch = to_longest([records()[i] for i in indices])
+        return batch if self.whole else list(zip(*batch, strict=True))
+
+
+@pytest.mark.parametrize("subset", [False, True])
+@pytest.mark.parametrize("whole", [False, True])
+def test_a_dataset_may_pad_what_it_fetches_at_once(whole: bool, subset: bool) -> None:
+    data: Any = FetchedAtOnce(whole=whole)
+    data = Subset(data, range(len(data))) if subset else data
+    collate = (lambda batch: batch) if whole else None
+    with pytest.raises(PrivacyError, match="padded less"):
+        trained(built(Mean), data, collate, "bk")
+    trained(built(MaskedMean), data, collate, "bk")
+
+
+def test_records_that_are_kept_by_a_dataset_stay_whole() -> None:
+    """Where workers take them apart, these are copies of theirs."""
+
+    def taken_apart(batch: Sequence[dict[str, Any]]) -> tuple[Tensor, Tensor, Tensor]:
+        return to_longest([(record.pop("words"), record.pop("label")) for record in batch])
+
+    data: Any = [{"words": words, "label": label} for words, label in records()]
+    trained(built(MaskedMean), data, taken_apart, "bk", num_workers=1)
+    assert all(len(record) == 2 for record in data)

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch.utils.data import Subset
 
 from ghostgrad._generators import draws_put_back
 from ghostgrad.errors import ConfigurationError
@@ -130,11 +131,18 @@ class EmptyBatch:
         return template
 
 
-def fetch(dataset: Any, indices: list[int]) -> list[Any]:
-    """Records as a worker fetches them."""
+def fetch(dataset: Any, indices: list[int]) -> Any:
+    """Records as a worker fetches them: a list, or whatever a dataset makes of several at once."""
     if getattr(dataset, "__getitems__", None):
-        return list(dataset.__getitems__(indices))
+        return dataset.__getitems__(indices)
     return [dataset[index] for index in indices]
+
+
+def fetches_several_at_once(dataset: Any) -> bool:
+    """Whether records may be others beside others: a subset only hands on what it is asked for."""
+    while isinstance(dataset, Subset):
+        dataset = dataset.dataset
+    return getattr(dataset, "__getitems__", None) is not None
 
 
 def _emptied(two: Any, three: Any) -> Any:

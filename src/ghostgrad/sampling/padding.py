@@ -14,7 +14,7 @@ from torch.utils.data import default_collate
 
 from ghostgrad._generators import draws_put_back
 from ghostgrad.errors import ConfigurationError
-from ghostgrad.sampling._batches import fetch, numeric_arrays
+from ghostgrad.sampling._batches import fetch, fetches_several_at_once, numeric_arrays
 
 _TRIED = 16
 """Records of a batch that are collated alone. That all of them are as long as the longest says that lengths are fixed, or
@@ -46,7 +46,7 @@ class PaddingSearch:
 
     Args:
         dataset: where they are fetched from.
-        collate_fn: the user's. Torch's own does not pad.
+        collate_fn: the user's. Torch's own does not pad, but what a dataset fetches at once may come padded.
 
     >>> from torch.nn.utils.rnn import pad_sequence
     >>> records = [torch.arange(1, 4), torch.arange(1, 6)]
@@ -57,6 +57,7 @@ class PaddingSearch:
 
     def __init__(self, dataset: Any, collate_fn: Callable[[list[Any]], Any]) -> None:
         self._dataset, self._collate_fn = dataset, collate_fn
+        self._pads = collate_fn is not default_collate or fetches_several_at_once(dataset)
         self._unpadded: set[tuple[tuple[int, ...], ...]] = set()
 
     def among(self, batch: Any, indices: Sequence[int]) -> Callable[[], Sequence[Padding]]:
@@ -68,7 +69,7 @@ class PaddingSearch:
         Raises:
             ConfigurationError: then, if a record cannot be fetched or collated by itself.
         """
-        if self._collate_fn is default_collate or len(indices) < 2:
+        if not self._pads or len(indices) < 2:
             return tuple
         return partial(self._look, numeric_arrays(batch), indices)
 
@@ -87,8 +88,12 @@ class PaddingSearch:
     def _alone(self, index: int) -> dict[Any, Tensor]:
         """What a record is collated to when the batch is two of it: some functions squeeze a batch of one."""
         try:
-            (record,) = fetch(self._dataset, [index])
-            return _as_tensors(numeric_arrays(self._collate_fn([record, copy.deepcopy(record)])))
+            one = fetch(self._dataset, [index])
+            # Copies, as some functions take their records apart, and the dataset may hold them.
+            two = (
+                copy.deepcopy(one) + copy.deepcopy(one) if isinstance(one, list) else fetch(self._dataset, [index] * 2)
+            )
+            return _as_tensors(numeric_arrays(self._collate_fn(two)))
         except Exception as error:
             raise ConfigurationError(
                 f"a record alone could not be fetched in the main process and given to collate_fn ({type(error).__name__}: "
