@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -19,6 +19,8 @@ from ghostgrad.sampling._batches import fetch, fetches_several_at_once, numeric_
 _TRIED = 16
 """Records of a batch that are collated alone. That all of them are as long as the longest says that lengths are fixed, or
 cut to one at which nearly all records end."""
+
+_Pairs = Mapping[Any, tuple[Tensor, Tensor]]
 
 _KEPT = 4
 """So many of them are handed on, the shortest: most of what they become is padding."""
@@ -79,8 +81,9 @@ class PaddingSearch:
         if shapes in self._unpadded:
             return ()
         with torch.random.fork_rng(devices=[]), draws_put_back():
-            found = [_compare(tensors, self._alone(index), i, n) for i, index in enumerate(indices[:_TRIED])]
-        padded = [padding for padding in found if padding is not None]
+            pairs = [_pairs(tensors, self._alone(index), n) for index in indices[:_TRIED]]
+        grow = {name for of_record in pairs for name, size, less in _sizes(of_record) if size > less}
+        padded = [found for i, each in enumerate(pairs) if (found := _compare(each, grow, i)) is not None]
         if not padded:
             self._unpadded.add(shapes)
         return sorted(padded, key=lambda padding: sum(padding.sizes.values()))[:_KEPT]
@@ -112,18 +115,40 @@ def _rows(tensor: Tensor, n: int) -> int | None:
     return next((dim for dim, size in enumerate(tensor.shape[:2]) if size == n), None)
 
 
-def _compare(batch: Mapping[Any, Tensor], alone: Mapping[Any, Tensor], record: int, n: int) -> Padding | None:
-    """A row of the batch that is as long as a record alone, if that was padded: its own, wherever the function put it."""
-    pairs = []
-    for tensor, short in ((tensor, alone[place]) for place, tensor in batch.items() if place in alone):
+def _pairs(batch: Mapping[Any, Tensor], alone: Mapping[Any, Tensor], n: int) -> _Pairs:
+    """What a batch holds, records first, beside what a record is alone."""
+    pairs = {}
+    for place, tensor in batch.items():
+        short = alone.get(place)
+        if short is None or short.dim() != tensor.dim():
+            continue
         rows, own_rows = _rows(tensor, n), _rows(short, 2)
-        if rows is not None and own_rows is not None and tensor.dim() == short.dim():
-            pairs.append((tensor.movedim(rows, 0), short.select(own_rows, 0)))
+        if rows is not None and own_rows is not None:
+            pairs[place] = tensor.movedim(rows, 0), short.select(own_rows, 0)
+    return pairs
+
+
+def _sizes(pairs: _Pairs) -> Iterator[tuple[Any, int, int]]:
+    """Each dimension, with its size in the batch and alone."""
+    for place, (lead, own) in pairs.items():
+        for dim, (size, less) in enumerate(zip(lead.shape[1:], own.shape, strict=True)):
+            yield (place, dim), size, less
+
+
+def _compare(of_record: _Pairs, grow: Collection[Any], record: int) -> Padding | None:
+    """A row of the batch that is as long as a record alone, if that was padded: its own, wherever the function put it.
+
+    Args:
+        grow: the dimensions that were padded for some record.
+    """
     sizes: dict[int, int] = {}
-    for lead, own in pairs:
-        for size, less in zip(lead.shape[1:], own.shape, strict=True):
-            if size < less or (size > less and sizes.setdefault(size, less) != less):
-                return None  # sizes that are drawn; or two that are padded to one, which cannot be told apart
+    for name, size, less in _sizes(of_record):
+        if size < less:
+            return None  # sizes that are drawn
+        if name in grow:  # of two that are as long in the batch, both may be cut to the longer one
+            sizes[size] = max(less, sizes.get(size, 0))
+    sizes = {size: less for size, less in sizes.items() if less < size}
+    pairs = of_record.values()
     if not sizes or not all(own.numel() for _, own in pairs):
         return None
     found = []
