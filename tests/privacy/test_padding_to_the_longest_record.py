@@ -190,7 +190,7 @@ def trained(
     torch.manual_seed(0)
     model, optimizer, loader = made_private(copy.deepcopy(model).double(), data, collate, mode, **options)
     assert epoch(model, optimizer, loader, loss) == 1
-    return len(data) * torch.cat([p.grad.flatten() for p in model.parameters()])  # type: ignore[union-attr]
+    return len(data) * torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
 
 
 def sensitivity(model: Text, collate: Any, mode: str, loss: Any = of_labels) -> float:
@@ -435,6 +435,88 @@ def test_a_mean_over_positions_of_its_own_moves_by_c_at_most(loss: Any, mode: st
     assert sensitivity(built(EachWord), to_longest, mode, over_words(loss)) <= C * (1 + 1e-6)
 
 
+def last_of_batch(out: Tensor, labels: Tensor, lengths: Tensor) -> Tensor:
+    return F.cross_entropy(out[:, -1], labels)
+
+
+def sum_of_batch(out: Tensor, labels: Tensor, lengths: Tensor) -> Tensor:
+    return F.cross_entropy(out.sum(1) / lengths.unsqueeze(1), labels)
+
+
+def largest_of_batch(out: Tensor, labels: Tensor, lengths: Tensor) -> Tensor:
+    return F.cross_entropy(out.amax(1), labels)
+
+
+def last_of_each(out: Tensor, labels: Tensor, lengths: Tensor) -> Tensor:
+    return F.cross_entropy(out[torch.arange(len(out)), lengths - 1], labels)
+
+
+def sum_of_each(out: Tensor, labels: Tensor, lengths: Tensor) -> Tensor:
+    mask = torch.arange(out.shape[1]) < lengths.unsqueeze(1)
+    return F.cross_entropy((out * mask.unsqueeze(2)).sum(1) / lengths.unsqueeze(1), labels)
+
+
+def pooled_outside(loss: Any) -> Any:
+    return lambda model, words, lengths, labels: loss(model(words, lengths), labels, lengths)
+
+
+class Recurrent(Text):
+    """One output a position, of what came before."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rnn = nn.LSTM(WIDTH, WIDTH, batch_first=True)
+
+    def forward(self, words: Tensor, lengths: Tensor) -> Tensor:
+        return self.head(self.rnn(self.words(words))[0])  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("model", [EachWord, Recurrent])
+@pytest.mark.parametrize("loss", [last_of_batch, sum_of_batch, largest_of_batch])
+def test_a_loss_that_uses_outputs_for_padding_is_refused(loss: Any, model: type[Text], mode: str) -> None:
+    with pytest.raises(PrivacyError, match="at positions that were padded"):
+        trained(built(model), records(), to_longest, mode, pooled_outside(loss))
+    trained(built(model), records(), to_twelve, mode, pooled_outside(loss))
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("loss", [last_of_each, sum_of_each])
+def test_a_loss_that_uses_outputs_for_each_records_own_moves_by_c_at_most(loss: Any, mode: str) -> None:
+    assert sensitivity(built(Recurrent), to_longest, mode, pooled_outside(loss)) <= C * (1 + 1e-6)
+
+
+def next_words(loss: Any) -> Any:
+    """Of the word that follows each, so the model is given one less than there are."""
+    return lambda model, words, lengths, labels: loss(model(words[:, :-1], lengths), words[:, 1:])
+
+
+class OfAllWords(Recurrent):
+    def forward(self, words: Tensor, lengths: Tensor) -> Tensor:
+        return super().forward(words, lengths) + self.words(words).mean((1, 2), keepdim=True)
+
+
+def test_the_last_word_may_be_left_out() -> None:
+    with pytest.raises(PrivacyError, match="positions that were padded"):
+        trained(built(Recurrent), records(), to_longest, "bk", next_words(mean_of_all))
+    with pytest.raises(PrivacyError, match="padded less"):
+        trained(built(OfAllWords), records(), to_longest, "bk", next_words(own_mean))
+    assert sensitivity(built(Recurrent), to_longest, "bk", next_words(own_mean)) <= C * (1 + 1e-6)
+
+
+def test_a_mean_over_features_is_none_over_positions() -> None:
+    """Though their number is a multiple of the longest record's positions."""
+
+    def loss(out: Tensor, words: Tensor) -> Tensor:
+        mask = words != 0
+        return ((out.pow(2).mean(2) * mask).sum(1) / mask.sum(1)).mean()
+
+    lengths = (1, 2, 3, 3, 1, 2)
+    model = built(EachWord)
+    model.head = nn.Linear(WIDTH, 2 * max(lengths))
+    trained(model, records(lengths), to_longest, "bk", over_words(loss))
+
+
 def test_a_mean_over_classes_is_none_over_positions() -> None:
     def loss(model: nn.Module, words: Tensor, lengths: Tensor, labels: Tensor) -> Tensor:
         return F.mse_loss(model(words, lengths), F.one_hot(labels, CLASSES).double())
@@ -575,3 +657,138 @@ def test_records_that_are_kept_by_a_dataset_stay_whole() -> None:
     data: Any = [{"words": words, "label": label} for words, label in records()]
     trained(built(MaskedMean), data, taken_apart, "bk", num_workers=1)
     assert all(len(record) == 2 for record in data)
+
+
+# ------------------------------------------------------------------------------------------------ how models take records
+
+
+class Squeezing(MaskedMean):
+    def forward(self, words: Tensor, lengths: Tensor) -> Tensor:
+        return super().forward(words, lengths)[:, :1].squeeze()
+
+
+class Sorted(Packed):
+    def pooled(self, h: Tensor, words: Tensor, lengths: Tensor) -> Tensor:
+        packed = pack_padded_sequence(h, lengths, batch_first=True)
+        return pad_packed_sequence(self.rnn(packed)[0], batch_first=True)[0].sum(1)
+
+
+class OfThreeWords(Text):
+    """Does not run on less."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv1d(WIDTH, WIDTH, 3)
+
+    def pooled(self, h: Tensor, words: Tensor, lengths: Tensor) -> Tensor:
+        h, lengths = self.conv(h.mT), (lengths - 2).clamp(min=1).unsqueeze(1)
+        return (h * (torch.arange(h.shape[2]) < lengths).unsqueeze(1)).sum(2) / lengths
+
+
+class FrozenWords(Text):
+    """Nothing moves the zeros that stand where there are no words."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.words.requires_grad_(False)
+
+    def pooled(self, h: Tensor, words: Tensor, lengths: Tensor) -> Tensor:
+        return h.sum(1) / lengths.unsqueeze(1)
+
+
+class MaskedByHead(Text):
+    """A mask [heads n, t, t]."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention = nn.MultiheadAttention(WIDTH, 2, batch_first=True)
+
+    def pooled(self, h: Tensor, words: Tensor, lengths: Tensor) -> Tensor:
+        return self.attention(h, h, h, attn_mask=lengths)[0][:, 0]  # type: ignore[no-any-return]
+
+
+def squeezed(model: nn.Module, words: Tensor, lengths: Tensor, labels: Tensor) -> Tensor:
+    return F.binary_cross_entropy_with_logits(model(words, lengths), (labels > 0).double())
+
+
+def sorted_in_loop(model: nn.Module, words: Tensor, lengths: Tensor, labels: Tensor) -> Tensor:
+    order = lengths.argsort(descending=True)
+    return F.cross_entropy(model(words[order], lengths[order]), labels[order])
+
+
+def masked_by_head(model: nn.Module, words: Tensor, lengths: Tensor, labels: Tensor) -> Tensor:
+    mask = (words == 0).unsqueeze(1).expand(-1, words.shape[1], -1).repeat_interleave(2, 0)
+    return F.cross_entropy(model(words, mask), labels)
+
+
+@pytest.mark.parametrize(
+    ("model", "loss"),
+    [
+        (Squeezing, squeezed),
+        (Sorted, sorted_in_loop),
+        (OfThreeWords, of_labels),
+        (FrozenWords, of_labels),
+        (MaskedByHead, masked_by_head),
+    ],
+)
+def test_a_bounded_model_is_trained_however_it_takes_its_records(model: type[Text], loss: Any) -> None:
+    assert sensitivity(built(model), to_longest, "bk", loss) <= C * (1 + 1e-6)
+
+
+def test_frozen_words_that_train_later_are_looked_at_again() -> None:
+    model, optimizer, loader = made_private(built(FrozenWords), records() * 3, to_longest)
+    assert epoch(model, optimizer, loader, of_labels) == len(loader)
+    model.words.requires_grad_()
+    with pytest.raises(PrivacyError, match="padded less"):
+        epoch(model, optimizer, loader, of_labels)
+
+
+def test_a_mask_may_lead_with_records_beside_data_that_leads_with_time() -> None:
+    class TimeFirst(MaskedByHead):
+        def forward(self, words: Tensor, mask: Tensor) -> Tensor:
+            h = self.words(words)
+            return self.head(self.attention(h, h, h, key_padding_mask=mask)[0][0])  # type: ignore[no-any-return]
+
+    def loss(model: nn.Module, words: Tensor, lengths: Tensor, labels: Tensor) -> Tensor:
+        return F.cross_entropy(model(words.mT.contiguous(), words == 0), labels)
+
+    model = built(TimeFirst)
+    model.attention.batch_first = False  # type: ignore[union-attr, assignment]
+    trained(model, records(), to_longest, "bk", loss, batch_first=False)
+
+
+def test_time_may_come_last_and_be_as_long_as_there_are_features() -> None:
+    class Filters(OfThreeWords):
+        def forward(self, vectors: Tensor, lengths: Tensor) -> Tensor:
+            return self.head(self.conv(vectors).sum(2) / lengths.unsqueeze(1))  # type: ignore[no-any-return]
+
+    def loss(model: nn.Module, words: Tensor, lengths: Tensor, labels: Tensor) -> Tensor:
+        vectors = F.one_hot(words, WORDS)[:, :, 1:].double()[:, :, : max(LENGTHS)].mT
+        return F.cross_entropy(model(vectors, lengths), labels)
+
+    model = built(Filters)
+    del model.words
+    model.conv = nn.Conv1d(max(LENGTHS), WIDTH, 1, bias=False)
+    trained(model, records(), to_longest, "bk", loss)
+
+
+@pytest.mark.parametrize("masked", [True, False])
+def test_two_that_are_padded_to_one_length_are_told_apart(masked: bool) -> None:
+    class Translating(EachWord):
+        def forward(self, words: Tensor, others: Tensor) -> Tensor:
+            mask = (words != 0).unsqueeze(2) if masked else torch.ones(*words.shape, 1)
+            context = (self.words(words) * mask).sum(1, keepdim=True) / mask.sum(1, keepdim=True)
+            return self.head(self.words(others) + context)  # type: ignore[no-any-return]
+
+    def both(batch: Sequence[Any]) -> tuple[Tensor, Tensor]:
+        return to_longest([one for one, _ in batch])[0], to_longest([other for _, other in batch])[0]
+
+    def loss(model: nn.Module, words: Tensor, others: Tensor) -> Tensor:
+        return own_mean(model(words, others), others)
+
+    data: Any = list(zip(records((9, 5, 2, 9, 4, 5)), records((4, 9, 3, 2, 7, 9)), strict=True))
+    if masked:
+        trained(built(Translating), data, both, "bk", loss)
+    else:
+        with pytest.raises(PrivacyError, match="padded less"):
+            trained(built(Translating), data, both, "bk", loss)

@@ -2,30 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from torch import Tensor
 
 from ghostgrad.errors import PrivacyError
 from ghostgrad.recording.loss_terms import MEAN, Term
+from ghostgrad.recording.padding_proof import Own
 
 
-def check(nodes: Iterable[Any], terms: Sequence[Term], n: int, padded: Collection[int]) -> None:
-    """Refuse a mean over a dimension of one of the ``padded`` sizes.
+def check(nodes: Iterable[Any], terms: Sequence[Term], n: int, padded: Sequence[Own]) -> None:
+    """Refuse a mean over a dimension of the outputs that was padded.
 
     Args:
         nodes: all nodes of the loss down to the model.
         terms: what it adds up.
         n: the records that it is about.
-        padded: the sizes of the dimensions of the model's outputs that were padded.
+        padded: how far the model's outputs go without padding.
 
     Raises:
         PrivacyError: for means of torch's and for sums that are divided by the number of their elements.
     """
     counts = [count for node in nodes for count in _averaged(node, n)]
     counts += [term.elements // n for term in terms]
-    if any(count > 1 and any(size > 1 and count % size == 0 for size in padded) for count in counts):
+    sizes = {pair for own in padded for pair in zip(own.padded, own.shape, strict=True)}
+    long = {size for size, less in sizes if less < size}
+    fixed = {size for size, less in sizes if less == size} - long
+    # Positions may be counted together with others, but not where another dimension says what was counted.
+    if any(count % size == 0 for count in counts if count and count not in fixed for size in long):
         raise PrivacyError(
             "the loss is a mean over positions that were padded to the longest record of the batch, so how long one record is "
             "scales the gradients of all others, and clipping does not bound that. Sum each record's losses over its own "

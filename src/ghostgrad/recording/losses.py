@@ -165,7 +165,7 @@ def _check_weights(loss: Tensor, boundaries: Sequence[Any], leading: Sequence[An
         loss_selections.check_nodes(leading, boundaries, tape.n, knowledge)
     delivered = tape.delivery.records if tape.delivery else tape.n
     terms = loss_terms.check(loss.grad_fn, leading, tape.n, delivered, knowledge)
-    padded = {size for boundary in boundaries for size in boundary.tape.padded or ()}
+    padded = [own for boundary in boundaries for own in boundary.tape.padded or ()]
     if padded:
         loss_padding.check(leading, terms, tape.n, padded)
     kind = frozenset((node.name(), getattr(node, "_saved_dim", None)) for node in leading)

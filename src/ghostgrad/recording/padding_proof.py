@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -11,10 +12,9 @@ from torch import Tensor, nn
 from ghostgrad.errors import PrivacyError
 from ghostgrad.layers import Rows
 from ghostgrad.recording.draws import NoDraws, in_mode
+from ghostgrad.recording.padding_cuts import READINGS, Cut, of_record
 from ghostgrad.recording.proofs import Outcome, close, forward
-from ghostgrad.recording.rows import some_of
 from ghostgrad.sampling import Padding, cut_to
-from ghostgrad.tree import map_tensors, tensors
 
 _WAY_OUT = (
     "Pad to a length that is the same for every batch (a constant), or mask what is padded: pass lengths or a mask to the model, "
@@ -22,84 +22,103 @@ _WAY_OUT = (
 )
 
 
+@dataclass(frozen=True)
+class Own:
+    """What of an output is a record's own, and no padding.
+
+    Attributes:
+        output: which of the floating-point outputs.
+        record: whose.
+        padded: the shape of the record's part of it.
+        shape: the shape without padding.
+        left: whether padding comes first.
+    """
+
+    output: int
+    record: int
+    padded: torch.Size
+    shape: torch.Size
+    left: bool
+
+
 def check_padding(
     root: nn.Module, args: Any, kwargs: Any, n: int, padded: Sequence[Padding], *, batch_first: bool
-) -> frozenset[int] | None:
+) -> tuple[Own, ...] | None:
     """Run the model on single records without their padding: their outputs must be the same, as far as they go.
 
     The model runs on copies, as in `check_forward`: without dropout, on constant draws, with buffers and random states put back.
 
     Returns:
-        The sizes of those dimensions of the outputs that were padded; None if nothing was shown, because padding did not come
-        here, or the records are no other than it.
+        How far the outputs go; None if nothing was shown, because padding did not come here, or the records are no other than it.
 
     Raises:
         PrivacyError: when an output depends on the padding, or the model does not run without it.
     """
     rows = Rows(n, batch_first, type(root).__name__)
     batch = (args, kwargs)
-    cuts = [_Cut(padding, rows) for padding in padded]
-    cuts = [cut for cut in cuts if any(cut.shows(tensor) for tensor in tensors(batch))]
-    sizes: set[int] = set()
+    cuts = [cut for padding in padded if (cut := Cut(padding, batch, n, batch_first=batch_first)).shows]
     with torch.no_grad(), torch.random.fork_rng(), in_mode(root, training=True), NoDraws():
         whole = forward(root, batch) if cuts else None
         if whole is None or whole.drew:  # of a model that draws from numpy, nothing of another size can be compared
             return None
-        for cut in cuts:
-            sizes.update(_compare(whole, _alone(root, batch, cut), cut))
-    return frozenset(sizes)
+        found = [own for cut in cuts if (own := _own_parts(root, batch, whole, cut, rows)) is not None]
+    if not found:
+        raise PrivacyError(
+            f"{rows.path}: collate_fn pads records to the longest of their batch, and the model does not run on one of them "
+            f"without that, so it is not known whether the length of one record changes the outputs of the others. {_WAY_OUT}"
+        )
+    return tuple(own for of_record in found for own in of_record)
 
 
-class _Cut:
-    """Takes one record out of the arguments of a call, without its padding."""
+def check_gradients(own: Sequence[Own], grads: Mapping[int, Tensor | None], n: int, *, batch_first: bool) -> None:
+    """Refuse a loss that makes use of outputs for padding: how many there are, the longest record says.
 
-    def __init__(self, padding: Padding, rows: Rows) -> None:
-        self.record, self.left, self.rows = padding.record, padding.left, rows
-        self._sizes = padding.sizes
+    Args:
+        own: what `check_padding` returned.
+        grads: what arrived at the floating-point outputs, by their place among them.
 
-    def shows(self, tensor: Tensor) -> bool:
-        """Whether it was padded, with something that the record itself is not."""
-        one = self._of_record(tensor)
-        kept = cut_to(one, self._shape(one, None), left=self.left)
-        return kept.shape != one.shape and bool((kept != one.flatten()[0 if self.left else -1]).any())
+    Raises:
+        PrivacyError: when a gradient arrived where there is only padding.
+    """
+    rows = Rows(n, batch_first, "")
+    for each in own:
+        grad = grads.get(each.output)
+        if grad is None:
+            continue
+        beyond = of_record(grad, rows.dim(grad) or 0, each.record, n).clone()
+        cut_to(beyond, each.shape, left=each.left).zero_()
+        if bool(beyond.count_nonzero()):
+            raise PrivacyError(
+                "the loss uses outputs of the model at positions that were padded to the longest record of the batch (the last "
+                "position, or all of them), so how long one record is changes the gradients of all others, and clipping does not "
+                "bound that. Take each record's own last position, leave what is padded out of sums and maxima, or pad to one "
+                "length for all batches."
+            )
 
-    def apply(self, batch: Any, most: int | None) -> Any:
-        """``most`` dimensions of each tensor made as short as the record is."""
-        return map_tensors(lambda one: cut_to(one, self._shape(one, most), left=self.left), self._of_record(batch))
 
-    def _of_record(self, tree: Any) -> Any:
-        return some_of(tree, self.rows.n, range(self.record, self.record + 1), batch_first=self.rows.batch_first)
-
-    def _shape(self, one: Tensor, most: int | None) -> list[int]:
-        padded = [dim for dim, size in enumerate(one.shape) if size in self._sizes][:most]
-        return [self._sizes[size] if dim in padded else size for dim, size in enumerate(one.shape)]
-
-
-def _alone(root: nn.Module, batch: Any, cut: _Cut) -> Outcome:
-    for most in (None, 1):  # another dimension may have that size by chance
-        alone = forward(root, cut.apply(batch, most))
+def _own_parts(root: nn.Module, batch: Any, whole: Outcome, cut: Cut, rows: Rows) -> list[Own] | None:
+    """Hold a record's outputs to those without padding; None where these cannot be had."""
+    for reading in READINGS:
+        alone = forward(root, cut.apply(batch, reading))
         if alone is not None:
-            return alone
-    raise PrivacyError(
-        f"{cut.rows.path}: collate_fn pads records to the longest of their batch, and the model does not run on one of them "
-        f"without that, so it is not known whether the length of one record changes the outputs of the others. {_WAY_OUT}"
-    )
-
-
-def _compare(whole: Outcome, alone: Outcome, cut: _Cut) -> Iterator[int]:
-    rows = cut.rows
-    for one, other in zip(whole.outputs, alone.outputs, strict=False):
+            break
+    else:
+        return None
+    found = []
+    for place, (one, other) in enumerate(zip(whole.outputs, alone.outputs, strict=False)):
         dim = rows.dim(one)
         if dim is None:
             continue
-        fold = one.shape[dim] // rows.n
-        mine = one.narrow(dim, cut.record * fold, fold)
-        if any(less > size for size, less in zip(mine.shape, other.shape, strict=False)):
+        if one.dim() != other.dim():
+            return None  # a dimension of one entry was squeezed
+        mine, other = of_record(one, dim, cut.record, rows.n), of_record(other, dim, 0, 2)
+        if any(less > size for size, less in zip(mine.shape, other.shape, strict=True)):
             continue  # not led by the records
-        yield from (size for size, less in zip(mine.shape, other.shape, strict=False) if less < size)
-        if mine.dim() != other.dim() or not close(cut_to(mine, other.shape, left=cut.left), other):
+        if not close(cut_to(mine, other.shape, left=cut.left), other):
             raise PrivacyError(
                 f"{rows.path}: collate_fn pads records to the longest of their batch, and the output for a record is another "
                 f"when it is padded less. So the longest record changes the gradients of all others, which clipping its own "
                 f"gradient does not bound. {_WAY_OUT}"
             )
+        found.append(Own(place, cut.record, mine.shape, other.shape, cut.left))
+    return found

@@ -341,11 +341,13 @@ def close(before: Tensor, after: Tensor) -> bool:
 
 
 @contextmanager
-def shaken(root: nn.Module) -> Iterator[None]:
-    """Moves every parameter a little inside: with a zero-initialised head nothing would show that records meet."""
+def shaken(root: nn.Module, *, frozen: bool = True) -> Iterator[None]:
+    """Moves every parameter a little inside, ``frozen`` ones too: with a zero-initialised head nothing would show that records
+    meet."""
     generator = torch.Generator()
     # Of a weight that is split over ranks, this rank's part.
-    before = [(here, here.clone()) for p in root.parameters() if p.is_floating_point() for here in [local(p.detach())]]
+    moved = [p for p in root.parameters() if p.is_floating_point() and (frozen or p.requires_grad)]
+    before = [(here, here.clone()) for p in moved for here in [local(p.detach())]]
     try:
         for number, (p, value) in enumerate(before):
             generator.manual_seed(number)  # the same on all ranks, whatever part of other parameters they hold

@@ -23,7 +23,7 @@ from ghostgrad.recording.hooks import Hook, calls_under_way, compile_again, leav
 from ghostgrad.recording.loss_graph import MOST_NODES
 from ghostgrad.recording.losses import LossKnowledge, watch
 from ghostgrad.recording.modules import Modules
-from ghostgrad.recording.padding_proof import check_padding
+from ghostgrad.recording.padding_proof import check_gradients, check_padding
 from ghostgrad.recording.passes import Passes
 from ghostgrad.recording.probe import Boundary
 from ghostgrad.recording.refusals import check_batch_norms, check_same_records
@@ -231,6 +231,7 @@ class Recorder:
             else:
                 done, several = bool(n) and self._rehearse_alone(args, kwargs, tape), n > 1
         if done:
+            self._padding_shown = None  # while other weights were frozen
             (self._rehearsed if several else self._rehearsed_alone).update(training)
 
     def _rehearse_alone(self, args: Any, kwargs: Any, tape: Tape) -> bool:
@@ -255,7 +256,8 @@ class Recorder:
             return
         padded = self.padding()
         if padded:
-            with self.modules.paused(), proofs.shaken(self.root):
+            # Frozen zeros stay zero: the row of an embedding that is put where there are no words.
+            with self.modules.paused(), proofs.shaken(self.root, frozen=False):
                 tape.padded = check_padding(self.root, args, kwargs, tape.n, padded, batch_first=self.batch_first)
 
     def _one_row(self, batch: Any) -> Any:
@@ -292,11 +294,9 @@ class Recorder:
         inner = output
         if tape.n == 0:
             output = no_rows(output, batch_first=self.batch_first)
-        chosen = [
-            (leaf, out)
-            for leaf, out in zip(tensors(output), tensors(inner), strict=True)
-            if leaf.is_floating_point() and (leaf.requires_grad or tape.n == 0)
-        ]
+        pairs = [pair for pair in zip(tensors(output), tensors(inner), strict=True) if pair[0].is_floating_point()]
+        places = [i for i, (leaf, _) in enumerate(pairs) if leaf.requires_grad or tape.n == 0]
+        chosen = [pairs[i] for i in places]
         if any(leaf.is_complex() for leaf in tensors(output)):
             raise UnsupportedModuleError(
                 f"{type(module).__name__}: an output is complex; clipping is defined for gradients of real outputs. Return "
@@ -305,7 +305,7 @@ class Recorder:
         if not chosen:
             return None
         leaves = [leaf for leaf, _ in chosen]
-        recording = Recording(tape, [out if tape.width else leaf for leaf, out in chosen])
+        recording = Recording(tape, [out if tape.width else leaf for leaf, out in chosen], places)
         anchor = torch.zeros((), requires_grad=True)
         originals = [original for original, _ in tape.inputs]
         detached = [leaf.detach() for leaf in leaves]
@@ -380,6 +380,9 @@ class Recorder:
             )
         tape.done = True
         if tape.padded is not None and tape.delivery is not None:
+            check_gradients(
+                tape.padded, dict(zip(recording.places, grads, strict=True)), tape.n, batch_first=self.batch_first
+            )
             self._padding_shown = tape.delivery.piece
         self._join_round(recording)
         self._check_foreign_gradients()

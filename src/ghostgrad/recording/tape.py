@@ -8,6 +8,8 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
+from ghostgrad.recording.padding_proof import Own
+
 
 class Delivery(NamedTuple):
     """What the private loader had handed out when the forward ran."""
@@ -28,8 +30,8 @@ class Tape:
         width: the rows that run as records: those, or one of zeros where ranks go through their layers in step.
         delivery: which batch of the private loader it belongs to; None without such a loader.
         rows: the first of the root's inputs that holds the records, to compare forwards that are joined in one backward.
-        padded: the sizes of those dimensions of the root's outputs that are as long as the longest record; None where it was not
-            shown that no output depends on that.
+        padded: how far the root's outputs for some records go without padding; None where it was not shown that no output depends
+            on that.
         inputs: the root's inputs that require grad, and the leaves that stood in for them inside.
         calls: how many probes of each parameter have not fired yet.
         unproved: the layouts of calls that row isolation was not shown for yet.
@@ -42,7 +44,7 @@ class Tape:
     delivery: Delivery | None
     width: int = field(default=-1)
     rows: Tensor | None = None
-    padded: frozenset[int] | None = None
+    padded: tuple[Own, ...] | None = None
     inputs: list[tuple[Tensor, Tensor]] = field(default_factory=list)
     calls: Counter[nn.Parameter] = field(default_factory=Counter)
     unproved: set[Any] = field(default_factory=set)
@@ -62,9 +64,11 @@ class Recording:
     Attributes:
         tape: what the probes know.
         outputs: the root's outputs inside the graph, before the boundary.
+        places: which of its floating-point outputs these are.
         grads: the gradients that arrived at them, scaled to be those of each record's own loss.
     """
 
     tape: Tape
     outputs: list[Tensor]
+    places: list[int]
     grads: list[Tensor | None] = field(default_factory=list)
