@@ -59,7 +59,7 @@ class Feed:
         padding: Callable[[], Sequence[Padding]] = tuple,
     ) -> int:
         """Write down what the consumer is about to receive; None for a logical batch that begins. Returns its number."""
-        self._before = replace(self, empty_batches=dict(self.empty_batches), _before=None)
+        self._before = replace(self, empty_batches=dict(self.empty_batches), padding=tuple, _before=None)
         if logical_batch is None:
             logical_batch = self._opened
             self._opened += 1

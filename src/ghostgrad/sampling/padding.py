@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -21,6 +21,10 @@ _TRIED = 16
 cut to one at which nearly all records end."""
 
 _Pairs = Mapping[Any, tuple[Tensor, Tensor]]
+
+_ROUNDS = 16
+"""So often padding is looked for in every batch. Then what was padded has no influence, as boxes that only a loss reads, and it
+is looked for ever more rarely."""
 
 _KEPT = 4
 """So many of them are handed on, the shortest: most of what they become is padding."""
@@ -61,6 +65,7 @@ class PaddingSearch:
         self._dataset, self._collate_fn = dataset, collate_fn
         self._pads = collate_fn is not default_collate or fetches_several_at_once(dataset)
         self._unpadded: set[tuple[tuple[int, ...], ...]] = set()
+        self._rounds = 0
 
     def among(self, batch: Any, indices: Sequence[int]) -> Callable[[], Sequence[Padding]]:
         """Looks when it is called, in the tensors that the batch holds now: loops take their batches apart.
@@ -73,12 +78,17 @@ class PaddingSearch:
         """
         if not self._pads or len(indices) < 2:
             return tuple
-        return partial(self._look, numeric_arrays(batch), indices)
+        return cache(
+            partial(self._look, numeric_arrays(batch), indices)
+        )  # a batch may go through the model several times
 
     def _look(self, arrays: Mapping[Any, Any], indices: Sequence[int]) -> Sequence[Padding]:
         n, tensors = len(indices), _as_tensors(arrays)
         shapes = tuple(tuple(size for dim, size in enumerate(t.shape) if dim != _rows(t, n)) for t in tensors.values())
         if shapes in self._unpadded:
+            return ()
+        self._rounds += 1
+        if self._rounds > _ROUNDS and self._rounds & (self._rounds - 1):
             return ()
         with torch.random.fork_rng(devices=[]), draws_put_back():
             pairs = [_pairs(tensors, self._alone(index), n) for index in indices[:_TRIED]]
