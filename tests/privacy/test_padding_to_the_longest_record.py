@@ -792,3 +792,64 @@ def test_two_that_are_padded_to_one_length_are_told_apart(masked: bool) -> None:
     else:
         with pytest.raises(PrivacyError, match="padded less"):
             trained(built(Translating), data, both, "bk", loss)
+
+
+def test_packed_outputs_are_as_long_as_their_input() -> None:
+    """As long as the longest record, they would change when it leaves, though the batch is padded to a constant."""
+
+    class Tagger(Recurrent):
+        total = False
+
+        def forward(self, words: Tensor, lengths: Tensor) -> Tensor:
+            packed = pack_padded_sequence(self.words(words), lengths, batch_first=True, enforce_sorted=False)
+            total = words.shape[1] if self.total else None
+            return self.head(pad_packed_sequence(self.rnn(packed)[0], batch_first=True, total_length=total)[0])  # type: ignore[no-any-return]
+
+    def loss(model: nn.Module, words: Tensor, lengths: Tensor, labels: Tensor) -> Tensor:
+        out = model(words, lengths)
+        return own_mean(out, words[:, : out.shape[1]])
+
+    for collate in (to_longest, to_twelve):
+        with pytest.raises(PrivacyError, match="total_length"):
+            trained(built(Tagger), records(), collate, "bk", loss)
+    Tagger.total = True
+    assert sensitivity(built(Tagger), to_longest, "bk", loss) <= C * (1 + 1e-6)
+
+
+def test_the_longest_length_may_be_passed_as_a_number() -> None:
+    class AsLongAs(Recurrent):
+        def forward(self, words: Tensor, lengths: Tensor, total: int = 0) -> Tensor:
+            packed = pack_padded_sequence(self.words(words), lengths, batch_first=True, enforce_sorted=False)
+            return self.head(pad_packed_sequence(self.rnn(packed)[0], batch_first=True, total_length=total)[0])  # type: ignore[no-any-return]
+
+    def whole(model: nn.Module, words: Tensor, lengths: Tensor, labels: Tensor) -> Tensor:
+        return mean_of_all(model(words, lengths, words.shape[1]), words)
+
+    def of_each(model: nn.Module, words: Tensor, lengths: Tensor, labels: Tensor) -> Tensor:
+        return own_mean(model(words, lengths, total=words.shape[1]), words)
+
+    with pytest.raises(PrivacyError, match="positions that were padded"):
+        trained(built(AsLongAs), records(), to_longest, "bk", whole)
+    assert sensitivity(built(AsLongAs), to_longest, "bk", of_each) <= C * (1 + 1e-6)
+
+
+def test_what_only_a_loss_reads_is_not_collated_again_in_every_batch() -> None:
+    fetched = []
+
+    class Counted(Dataset[Any]):
+        def __len__(self) -> int:
+            return 360
+
+        def __getitem__(self, i: int) -> Record:
+            fetched.append(i)
+            return records()[i % 6]
+
+    def loss(model: nn.Module, words: Tensor, lengths: Tensor, labels: Tensor) -> Tensor:
+        targets = (words * 0.1).sum(1) / lengths
+        return (model(words[:, :1].expand(-1, 2), lengths)[:, 0] - targets).pow(2).mean()
+
+    model, optimizer, loader = made_private(built(MaskedMean).double(), Counted(), to_longest, poisson_sampling=False)
+    epoch(model, optimizer, loader, loss)
+    first = len(fetched)
+    epoch(model, optimizer, loader, loss)
+    assert len(fetched) - first <= 360 + 6 * 2

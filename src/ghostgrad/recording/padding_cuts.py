@@ -57,7 +57,12 @@ class Cut:
                 tensor = torch.cat([of_record(tensor, dim, self.record, self._n)] * 2, dim)
             return cut_to(tensor, self._shape(tensor.shape, dim, reading.padded), left=self.left)
 
-        return map_tensors(choose, map_numbers(lambda numbers: [numbers[self.record]] * 2, batch, self._n))
+        args, kwargs = map_tensors(choose, map_numbers(lambda numbers: [numbers[self.record]] * 2, batch, self._n))
+        return tuple(self._shorter(each) for each in args), {name: self._shorter(each) for name, each in kwargs.items()}
+
+    def _shorter(self, argument: Any) -> Any:
+        """The longest length is passed as a number too, for outputs to be as long as that."""
+        return self._sizes.get(argument, argument) if type(argument) is int else argument
 
     def _dim(self, tensor: Tensor, *, folded: bool) -> int | None:
         """Which dimension holds the records."""

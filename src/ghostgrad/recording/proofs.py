@@ -312,7 +312,8 @@ def _compare(rows: Rows, before: Tensor, after: Tensor, records: range) -> None:
         raise PrivacyError(
             f"{rows.path}: the output for a record changes when another record leaves the batch or changes, so a record's "
             f"influence is not bounded by clipping its own gradient. Remove what depends on the whole batch (statistics over the "
-            f"batch, capacity limits, in-batch comparisons), or compute it within each record."
+            f"batch, capacity limits, in-batch comparisons), or compute it within each record; give pad_packed_sequence the "
+            f"total_length of its input."
         )
 
 
