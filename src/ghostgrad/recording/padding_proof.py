@@ -61,13 +61,13 @@ def check_padding(
         whole = forward(root, batch) if cuts else None
         if whole is None or whole.drew:  # of a model that draws from numpy, nothing of another size can be compared
             return None
-        found = [own for cut in cuts if (own := _own_parts(root, batch, whole, cut, rows)) is not None]
+        found = [parts for cut in cuts if (parts := _own_parts(root, batch, whole, cut, rows)) is not None]
     if not found:
         raise PrivacyError(
             f"{rows.path}: collate_fn pads records to the longest of their batch, and the model does not run on one of them "
             f"without that, so it is not known whether the length of one record changes the outputs of the others. {_WAY_OUT}"
         )
-    return tuple(own for of_record in found for own in of_record)
+    return tuple(own for parts in found for own in parts)
 
 
 def check_gradients(own: Sequence[Own], grads: Mapping[int, Tensor | None], n: int, *, batch_first: bool) -> None:

@@ -20,14 +20,16 @@ _TRIED = 16
 """Records of a batch that are collated alone. That all of them are as long as the longest says that lengths are fixed, or
 cut to one at which nearly all records end."""
 
-_Pairs = Mapping[Any, tuple[Tensor, Tensor]]
-
 _ROUNDS = 16
 """So often padding is looked for in every batch. Then what was padded has no influence, as boxes that only a loss reads, and it
 is looked for ever more rarely."""
 
 _KEPT = 4
 """So many of them are handed on, the shortest: most of what they become is padding."""
+
+
+_Pairs = Mapping[Any, tuple[Tensor, Tensor]]
+"""By place in the batch: a tensor of it, records first, and what a record is alone."""
 
 
 @dataclass(frozen=True)
@@ -78,9 +80,8 @@ class PaddingSearch:
         """
         if not self._pads or len(indices) < 2:
             return tuple
-        return cache(
-            partial(self._look, numeric_arrays(batch), indices)
-        )  # a batch may go through the model several times
+        # Looked for once, though a batch may go through the model several times.
+        return cache(partial(self._look, numeric_arrays(batch), indices))
 
     def _look(self, arrays: Mapping[Any, Any], indices: Sequence[int]) -> Sequence[Padding]:
         n, tensors = len(indices), _as_tensors(arrays)
@@ -103,9 +104,8 @@ class PaddingSearch:
         try:
             one = fetch(self._dataset, [index])
             # Copies, as some functions take their records apart, and the dataset may hold them.
-            two = (
-                copy.deepcopy(one) + copy.deepcopy(one) if isinstance(one, list) else fetch(self._dataset, [index] * 2)
-            )
+            copies = [*copy.deepcopy(one), *copy.deepcopy(one)] if isinstance(one, list) else None
+            two = fetch(self._dataset, [index] * 2) if copies is None else copies
             return _as_tensors(numeric_arrays(self._collate_fn(two)))
         except Exception as error:
             raise ConfigurationError(
