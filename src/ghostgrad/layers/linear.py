@@ -23,4 +23,4 @@ def linear(call: Call) -> dict[str, Use]:
     return uses
 
 
-add_rule(nn.Linear, rule=Rule("linear", linear, least=lambda module: 2))
+add_rule(nn.Linear, rule=Rule("linear", linear, least=lambda module: 2, reads=lambda trained: "weight" in trained))

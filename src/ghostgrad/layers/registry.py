@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -36,6 +36,7 @@ class Rule:
             its children's weights without calling them claims these too.
         led: the gradient of the module's i-th floating-point output with each record's consecutive rows first, [n * fold,
             ...]; default by the layout of the model.
+        reads: whether it looks at the inputs of a call when these of the parameters train; else nothing keeps them for it.
         draws: whether a call draws random numbers that the rule has to draw again, from ``call.randomness``.
         shuffled: whether the order of the rows of a call (its arguments) may come from the data, so that what one batch
             shows about them need not hold for the next and is to be shown each time.
@@ -48,6 +49,7 @@ class Rule:
     least: Callable[[nn.Module], int | None] = lambda module: 1
     claims: Callable[[nn.Module], Mapping[str, nn.Parameter]] = own_parameters
     led: Callable[[Call, Tensor, int], Tensor] = lambda call, grad, index: call.rows.lead_output(index, grad)
+    reads: Callable[[Container[str]], bool] = lambda trained: True
     draws: Callable[[nn.Module], bool] = lambda module: False
     shuffled: Callable[[Any], bool] = lambda arguments: False
 

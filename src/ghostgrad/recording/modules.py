@@ -185,6 +185,8 @@ class Modules:
         if signature not in self.proved or not settled or rule.shuffled(inputs):
             tape.unproved.add(signature)
             copies = tuple(out.detach().clone() for out in outs)
+        if not rule.reads(parameters) and not any(is_split(p) for p in parameters.values()):
+            keep = tuple(tensor.new_zeros(()).expand(tensor.shape) for tensor in keep)
         if not tape.done:
             # While the backward runs, a checkpointed part is run once more: the same call, counted already.
             tape.calls.update(parameters.values())
