@@ -23,8 +23,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 METHODS = {
     "plain": None,
-    "bk": "ours, one pass",
-    "ghost": "ours, two passes",
+    "bk": "ours, bk",
+    "ghost": "ours, ghost",
+    "two-passes": "ours, bk with max_memory=0",
     "hooks": "ours, hooks",
     "opacus": "Opacus hooks",
     "opacus-ghost": "Opacus ghost",
@@ -64,12 +65,13 @@ def prepare(name: str, method: str, *, noise_multiplier: float = NOISE) -> tuple
     return model, step
 
 
-def _ours(workload: Workload, mode: str, model: nn.Module, optimizer: Any, noise_multiplier: float) -> Any:
+def _ours(workload: Workload, method: str, model: nn.Module, optimizer: Any, noise_multiplier: float) -> Any:
     from ghostgrad import PrivacyEngine
 
+    mode, budget = ("bk", 0) if method == "two-passes" else (method, None)
     model, optimizer, _ = PrivacyEngine(seed=0).make_private(
         module=model, optimizer=optimizer, data_loader=None, sample_rate=RATE, expected_batch_size=workload.n,
-        noise_multiplier=noise_multiplier, max_grad_norm=BOUND, grad_sample_mode=mode,
+        noise_multiplier=noise_multiplier, max_grad_norm=BOUND, grad_sample_mode=mode, max_memory=budget,
     )  # fmt: skip
     return model, optimizer
 

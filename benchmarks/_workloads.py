@@ -21,7 +21,7 @@ class Workload:
         model: builds the model.
         batch: builds ``(inputs, targets)`` of n records.
         n: records in a batch.
-        target: ratios to the plain step that are aimed at: time of one pass, of two passes, peak memory of two passes.
+        target: ratios to the plain step that are aimed at: time of bk, of ghost, peak memory of ghost.
         records_loss: the loss of each record, [n].
     """
 

@@ -173,8 +173,8 @@ class PrivacyEngine:
             expected_batch_size: divisor of a mean loss; default ``sample_rate * n``, a float.
             accumulation_steps: loader batches that make up one logical batch.
             noise_generator: draw the noise from this generator instead of from the engine's key.
-            max_memory: bytes of inputs and output gradients that the one-pass mode may keep in a backward until the clip factors
-                are known. Weights beyond it take a second backward, as with ``"ghost"``. Default None: no limit.
+            max_memory: bytes that ``"bk"`` may keep in a backward until the clip factors are known, beyond what autograd's graph
+                holds. Weights beyond it take a second backward. Default None: no limit, and the graph is let go.
 
         Returns:
             ``(module, optimizer, data_loader)``, or ``(module, optimizer, criterion, data_loader)`` with a criterion.

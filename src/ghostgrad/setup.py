@@ -147,8 +147,8 @@ def check_max_memory(max_memory: int | None, mode: Mode, module: nn.Module) -> N
     if mode is not Mode.BK or split:
         where = "a model that is split over ranks" if split else f"grad_sample_mode={mode.value!r}"
         raise ConfigurationError(
-            f"max_memory={max_memory} with {where}: it limits what the one-pass mode 'bk' keeps. Leave it out; 'ghost' keeps "
-            f"norms only, 'hooks' and 'functorch' keep all per-sample gradients because they show them."
+            f"max_memory={max_memory} with {where}: it limits what 'bk' keeps. Leave it out, or take 'bk'; 'ghost' keeps "
+            f"the least by itself, 'hooks' and 'functorch' keep all per-sample gradients because they show them."
         )
 
 

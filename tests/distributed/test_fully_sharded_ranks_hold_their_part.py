@@ -113,13 +113,13 @@ def test_no_rank_sums_more_than_a_unit_at_a_time(mode: str) -> None:
     def run(rank: int) -> tuple[list[int], list[int], int, int]:
         module, optimizer, loader = private(split(), grad_sample_mode=mode)
         whole: list[int] = []
-        add = Clipper.add
+        add = Clipper._add
 
         def noting(clipper: Clipper, *args: Any) -> None:
             add(clipper, *args)
             whole.append(sum(part.numel() for part in clipper._sums.values()))
 
-        Clipper.add = noting
+        Clipper._add = noting
         scattered: list[int] = []
         original = dist.reduce_scatter_single
 
@@ -132,7 +132,7 @@ def test_no_rank_sums_more_than_a_unit_at_a_time(mode: str) -> None:
             x, y = next(iter(loader))
             F.cross_entropy(module(x), y).backward()
         finally:
-            dist.reduce_scatter_single, Clipper.add = original, add
+            dist.reduce_scatter_single, Clipper._add = original, add
         held = sum(part.numel() for part in optimizer.total._sums.values())
         return scattered, whole, held, sum(p.to_local().numel() for p in module.parameters())
 

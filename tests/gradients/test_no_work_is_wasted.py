@@ -23,13 +23,13 @@ def flops(run: Any) -> int:
     return int(counter.get_total_flops())
 
 
-def step_flops(model: nn.Module, x: torch.Tensor, mode: str | None) -> int:
+def step_flops(model: nn.Module, x: torch.Tensor, mode: str | None, **options: Any) -> int:
     """Of the second step: the first batch is rehearsed."""
     optimizer: Any = torch.optim.SGD(model.parameters(), lr=0.1)
     if mode is not None:
         model, optimizer, _ = PrivacyEngine(seed=0).make_private(
             module=model, optimizer=optimizer, data_loader=None, sample_rate=0.5, expected_batch_size=N,
-            noise_multiplier=1.0, max_grad_norm=1.0, grad_sample_mode=mode,
+            noise_multiplier=1.0, max_grad_norm=1.0, grad_sample_mode=mode, **options,
         )  # fmt: skip
 
     def step() -> None:
@@ -46,15 +46,22 @@ def mlp() -> nn.Module:
     return nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.Tanh(), nn.Linear(WIDTH, WIDTH))
 
 
-def test_one_pass_over_rows_costs_what_the_plain_step_costs():
+@pytest.mark.parametrize("mode", ["bk", "ghost"])
+def test_one_pass_over_rows_costs_what_the_plain_step_costs(mode):
     x = torch.randn(N, WIDTH)
-    assert step_flops(mlp(), x, "bk") == step_flops(mlp(), x, None) + BIASES
+    assert step_flops(mlp(), x, mode) == step_flops(mlp(), x, None) + BIASES
 
 
 def test_two_passes_over_rows_add_only_the_gradients_of_inputs():
     x = torch.randn(N, WIDTH)
     between = 2 * N * WIDTH * WIDTH  # the second layer's input gradient; the first layer's is nobody's
-    assert step_flops(mlp(), x, "ghost") == step_flops(mlp(), x, None) + BIASES + between
+    assert step_flops(mlp(), x, "bk", max_memory=0) == step_flops(mlp(), x, None) + BIASES + between
+
+
+def test_the_second_backward_ends_where_the_rest_was_kept():
+    x = torch.randn(N, WIDTH)
+    first_layer = 2 * 4 * N * WIDTH  # bytes of the output gradient and of the bias' gradients
+    assert step_flops(mlp(), x, "bk", max_memory=first_layer) == step_flops(mlp(), x, None) + BIASES
 
 
 @pytest.mark.parametrize("t", [4, 16, 80])

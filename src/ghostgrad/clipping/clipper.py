@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from enum import Enum
 
 import torch
@@ -17,14 +18,27 @@ from ghostgrad.distributed import Shards, TensorParallel, Unit
 from ghostgrad.errors import ConfigurationError, PrivacyError
 from ghostgrad.free_memory import free_memory
 from ghostgrad.gradients import Explicit, Use, join
-from ghostgrad.recording import Tape
+from ghostgrad.recording import Tape, Weight
 
 _ROOM = 1 << 24
 """How many elements of per-sample gradients the one-pass form may keep beyond what they are made of: 64 MiB in float32."""
 
+_MORE = 0.2
+"""By how much the peak of ghost mode may be above that of the plain step, for which it saves the second backward."""
+
 _WORTH_A_LOOK = 1 << 28
 """Bytes of per-sample gradients from which the free memory is asked for."""
 
+
+_TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4}
+_HALF = 4e-2
+"""How far the squared norms of two backwards may be apart: kernels that add up in any order do not round twice alike."""
+
+_DIFFER = (
+    "the second backward of this mode met other values than the first, from which the clip factors come: something is drawn anew "
+    "in each backward (a checkpoint with preserve_rng_state=False, a hook or an autograd function that draws or counts). Leave "
+    "that out, or use grad_sample_mode='bk' without max_memory, which takes one backward."
+)
 
 _LEAST_BOUND = 1e-12
 """In single precision squares below 1e-38 vanish: a gradient of this norm still has one, spread over 1e13 elements."""
@@ -38,9 +52,10 @@ class Mode(Enum):
     FUNCTORCH = "functorch"
     """As hooks, every module through the generic rule."""
     BK = "bk"
-    """One backward: the uses are kept, in their smallest form, until the factors are known."""
+    """One backward: the uses are kept, in their cheapest form, until the factors are known."""
     GHOST = "ghost"
-    """Two backwards: the first keeps nothing but norms, the second adds up."""
+    """The least memory: the uses in their smallest form while the graph is let go, or, where they would take more than that
+    (checkpointing, large batches of single rows), norms alone and a second backward that adds up."""
 
 
 class Clipper:
@@ -55,8 +70,8 @@ class Clipper:
         mode: what is kept between norms and sums.
         shards: where parameters are split over ranks, these add up each unit's sums at once and keep their own part.
         slices: where layers are cut into slices, the ranks that hold them, which join their norms.
-        max_memory: bytes of uses that the one-pass form may keep; of weights beyond it only the norm is taken, and a second
-            backward adds them up.
+        max_memory: bytes that the one-pass form may keep until the factors are known, beyond what the graph holds; of the
+            weights that came first only the norm is taken then, and a second backward adds them up. None: no limit.
     """
 
     def __init__(
@@ -70,8 +85,10 @@ class Clipper:
     ) -> None:
         self.function, self.total, self.mode = function, total, mode
         self._shards, self._slices = shards, slices
-        self._budget = 0.0 if mode is Mode.GHOST else math.inf if max_memory is None else float(max_memory)
-        self.may_pass_twice = self._budget < math.inf
+        self._max_memory = max_memory
+        self._in_step = mode is Mode.GHOST and not (shards is None and slices is None)
+        """With ranks that have to run as many backwards, whatever each of them has room for."""
+        self._weight: Weight | None = None
         self._shows = mode in (Mode.HOOKS, Mode.FUNCTORCH)
         self._warned = False
         self.reset()
@@ -88,9 +105,46 @@ class Clipper:
         self._seen: Seen | None = None
         self._sums: dict[nn.Parameter, Tensor] = {}
         self._parts: dict[nn.Parameter, Tensor] = {}
-        self._postponed: set[nn.Parameter] = set()
-        self._room = _ROOM
-        self._left = self._budget
+        self._awaited: Counter[nn.Parameter] = Counter()
+        """How many uses of each weight were measured, and did not come by in a second backward yet."""
+        self._complete: dict[nn.Parameter, None] = {}
+        """Weights whose uses are all known and kept, in the order in which the gradient reached them."""
+        self._bytes: Counter[nn.Parameter] = Counter()
+        """What the uses of each weight keep alive beyond what the graph holds, where there is a limit."""
+        self._postponed: dict[nn.Parameter, None] = {}
+        """Weights of which only the norm is known."""
+        self._again: dict[nn.Parameter, list[Use]] = {}
+        """Uses of them that came by in the second backward, until all have."""
+        self._gaps: list[Tensor] = []
+        """How far the squared norms of the two backwards are apart, [n] for each weight."""
+        self._tolerance = 0.0
+        self._sq_total = torch.zeros(0)
+        """Each record's squared norm, as measured in the first."""
+        self._room = 0 if self.mode is Mode.GHOST else _ROOM
+        self._left = math.inf if self._max_memory is None else float(self._max_memory)
+
+    def weigh(self, weighed: Callable[[], Weight]) -> None:
+        """Look what a record takes, where it is to be decided whether one backward takes no more memory than two."""
+        if self.mode is Mode.GHOST:
+            self._weight = weighed()
+
+    def begin(self, n: int, *, packed: bool) -> bool:
+        """A backward of n records begins; returns whether its graph has to stay for a second one.
+
+        Args:
+            packed: whether the graph does not hold all of the layers' inputs as they are (checkpointed, off-loaded).
+        """
+        if self._in_step or (self.mode is Mode.GHOST and (packed or not self._lets_go(n))):
+            self._left = min(self._left, 0.0)
+        return self._left < math.inf
+
+    def _lets_go(self, n: int) -> bool:
+        """Whether what is kept of uses takes hardly more than the graph that is let go for them."""
+        if self._weight is None:
+            return False
+        held, kept = n * self._weight.held, n * self._weight.kept
+        gradients = sum(p.numel() * p.itemsize for p in self.total.parameters())
+        return kept <= held + _MORE * (held + 2 * gradients)
 
     def admit(self, tapes: Sequence[Tape]) -> None:
         """Refuse records that must not be added to this step."""
@@ -101,25 +155,38 @@ class Clipper:
         """A gradient went by unrecorded."""
         self.total.passed_by = True
 
-    def measure(self, parameter: nn.Parameter, use: Use, *, complete: bool) -> tuple[str, str]:
-        """Take note of a use of a weight; returns the route its norm takes, and what is kept until the factors are known."""
+    def measure(
+        self, parameter: nn.Parameter, use: Use, *, complete: bool, inputs: Sequence[Tensor] = ()
+    ) -> tuple[str, str]:
+        """Take note of a use of a weight; returns the route its norm takes, and what is kept until the factors are known.
+
+        Args:
+            complete: whether no other use of the weight can follow.
+            inputs: tensors that the graph holds anyway.
+        """
         if parameter in self._sq_norms:
             raise PrivacyError(
                 "a weight was used again after its norm had been taken (a module re-run by re-entrant checkpointing). Use "
                 "grad_sample_mode='bk' without max_memory, or checkpointing with use_reentrant=False."
             )
-        size = parameter.dtype.itemsize if parameter.dtype == torch.float64 else 4
-        if complete and parameter not in self._uses and use.held * size > self._left:
-            self._sq_norms[parameter] = use.sq_norms()
-            self._postponed.add(parameter)
-            return use.route, "norms"
         route = use.route
-        if self._shows and not self._uses:
-            self._foresee(use.n)
-        if self.mode is not Mode.GHOST:
-            use = Explicit(use.grad_samples()) if self._shows else self._compact(use, self._left / size)
-        self._left -= use.held * size
+        if self._shows:
+            if not self._uses:
+                self._foresee(use.n)
+            use = Explicit(use.grad_samples())
+        elif self._left == math.inf:
+            use = self._cheaper(use)
+        else:
+            use, more = self._smaller(use, {_address(tensor) for tensor in inputs})
+            self._bytes[parameter] += more
+            self._left -= more
+        self._awaited[parameter] += 1
         self._uses.setdefault(parameter, []).append(use)
+        if complete:
+            self._complete[parameter] = None
+        self._keep_within_limit()
+        if parameter in self._postponed:
+            return route, "norms"
         kept = "per-sample gradients" if isinstance(use, Explicit) else "inputs and output gradients"
         return route, f"{kept} (p.grad_sample)" if self._shows else kept
 
@@ -139,29 +206,53 @@ class Clipper:
                 stacklevel=2,
             )
 
-    def _compact(self, use: Use, left: float) -> Use:
-        small = use.compact(max(0, int(min(self._room, left - use.held))))
+    def _cheaper(self, use: Use) -> Use:
+        small = use.compact(self._room)
         self._room -= max(0, small.held - use.held)
         return small
 
-    def settle(self, n: int, unit: float = 1.0) -> None:
-        """Work out the factors; with one pass the sums too. A record's gradient is ``unit`` times what was measured."""
-        joined = self._find_factors(n, unit) if n else {}
-        if self.mode is not Mode.GHOST:
-            self._sum_up(joined)
+    def _smaller(self, use: Use, held: set[int]) -> tuple[Use, int]:
+        """Per-sample gradients where they take less than what they are made of, storages that are held not counted; and bytes."""
+        size = 8 if use.operands[-1].dtype == torch.float64 else 4
+        use = use.compact(min(_bytes(use, held), self._max_memory or 0) // size - use.held)
+        return use, _bytes(use, held)
+
+    def _keep_within_limit(self) -> None:
+        """Beyond the limit keep only norms, of the weights that came first: a second backward then ends where the rest begins."""
+        while self._left < 0 and self._complete:
+            parameter = next(iter(self._complete))
+            del self._complete[parameter]
+            self._postponed[parameter] = None
+            self._sq_norms[parameter] = join(self._uses.pop(parameter)).sq_norms()
+            self._left += self._bytes.pop(parameter)
 
     @property
     def passes_twice(self) -> bool:
-        """Whether a second backward has to add up what was measured: all of it, or weights of which nothing was kept."""
-        return self.mode is Mode.GHOST or bool(self._postponed)
+        """Whether a second backward has to add up weights of which nothing was kept."""
+        return self._in_step or bool(self._postponed)
+
+    @property
+    def postponed(self) -> Sequence[nn.Parameter]:
+        """The weights that a second backward is for."""
+        return list(self._postponed)
 
     def wants(self, parameter: nn.Parameter) -> bool:
         """Whether the second backward is for this weight."""
-        return self.mode is Mode.GHOST or parameter in self._postponed
+        return self._in_step or parameter in self._postponed
+
+    def settle(self, n: int, unit: float = 1.0) -> None:
+        """Work out the factors, and the sums of what was kept. A record's gradient is ``unit`` times what was measured.
+
+        What was kept is added up before a second backward runs, which might change it in place.
+        """
+        joined = self._find_factors(n, unit) if n else {}
+        if not self._in_step:
+            self._sum_up(joined)
 
     def _find_factors(self, n: int, unit: float) -> dict[nn.Parameter, Use]:
         self._unit = unit
         joined = {parameter: join(uses) for parameter, uses in self._uses.items()}
+        self._uses.clear()
         for parameter, use in joined.items():
             self._sq_norms[parameter] = use.sq_norms()
         parameters = self.total.parameters()
@@ -174,24 +265,25 @@ class Clipper:
         self._statistic = self.function.statistic(sq_norms)
         factors = self.function.factors(sq_norms).expand(n, len(parameters))
         self._seen = Seen.of(sq_norms, factors) if self.total.watchers else None
-        finite = sq_norms.sum(1).isfinite()
+        total = sq_norms.sum(1)
+        self._sq_total, finite = total / unit**2, total.isfinite()
         if not bool(finite.all()):
             self._finite = finite
         self._factors = _rounded_down(factors, unit, parameters, self._sq_norms)
-        self._uses.clear()
         return joined
 
-    def _sum_up(self, joined: dict[nn.Parameter, Use]) -> None:
-        """With one pass: every weight's sum; of split ones a unit at a time, records or none, as all ranks do."""
+    def _sum_up(self, kept: dict[nn.Parameter, Use]) -> None:
+        """Add up what was kept; of split weights a unit at a time, records or none, as all ranks do."""
         for unit in () if self._shards is None else self._shards.units:
-            self._add_all({p: joined.pop(p) for p in unit.trainable if p in joined})
+            self._add_kept(kept, [p for p in unit.trainable if p in kept])
             self.hand_over(unit)
-        self._add_all(joined)
+        self._add_kept(kept, list(kept))
 
-    def _add_all(self, uses: Mapping[nn.Parameter, Use]) -> None:
-        for parameter, use in uses.items():
+    def _add_kept(self, kept: dict[nn.Parameter, Use], parameters: Sequence[nn.Parameter]) -> None:
+        for parameter in parameters:
+            use = kept.pop(parameter)
             self._show(parameter, use)
-            self.add(parameter, use)
+            self._add(parameter, use, self._factors[parameter])
 
     def _check_known(self, parameters: Sequence[nn.Parameter]) -> None:
         known = set(parameters)
@@ -224,10 +316,39 @@ class Clipper:
             parameter.grad_sample = grads.to(parameter.dtype)  # type: ignore[attr-defined]
 
     def add(self, parameter: nn.Parameter, use: Use) -> None:
-        """Add a use, weighted by the factors; records that are not finite are replaced by zeros first."""
+        """Second backward: a use that was measured in the first came by again.
+
+        Its norm is taken again: the factor of the first backward bounds nothing in a second one that differs. What is larger
+        than it was is scaled down to that, and `commit` refuses more than rounding.
+        """
+        self._awaited[parameter] -= 1
+        if self._awaited[parameter] < 0:
+            raise PrivacyError(_DIFFER)
+        self._again.setdefault(parameter, []).append(use)
+        if self._awaited[parameter]:
+            return
+        use = join(self._again.pop(parameter))
+        first, again, factors = self._sq_norms[parameter], use.sq_norms(), self._factors[parameter]
+        self._gaps.append((again - first).abs().to("cpu", torch.float64))
+        self._tolerance = max(
+            self._tolerance, *(_TOLERANCE.get(t.dtype, _HALF) for t in use.operands if t.is_floating_point())
+        )
+        self._add(parameter, use, torch.where(again > first, factors * (first / again).sqrt(), factors))
+
+    def _check_second(self) -> None:
+        """Refuse a second backward that used weights more or less often than the first, or with other gradients."""
+        if any(count for parameter, count in self._awaited.items() if self.wants(parameter)):
+            raise PrivacyError(_DIFFER)
+        if self._gaps:
+            alike = torch.stack(self._gaps).sum(0) <= self._tolerance * self._sq_total
+            if not bool((alike if self._finite is None else alike | ~self._finite).all()):
+                raise PrivacyError(_DIFFER)
+
+    def _add(self, parameter: nn.Parameter, use: Use, factors: Tensor) -> None:
+        """Add a use, weighted; records that are not finite are replaced by zeros first."""
         if self._finite is not None:
             use = use.keep_rows(self._finite.to(parameter.device))
-        part = use.weighted_sum(self._factors[parameter])
+        part = use.weighted_sum(factors)
         known = self._sums.get(parameter)
         self._sums[parameter] = part if known is None else known.add_(part)
 
@@ -242,6 +363,7 @@ class Clipper:
 
     def commit(self, tapes: Sequence[Tape]) -> None:
         """The backward went well: its sums become part of the step's."""
+        self._check_second()
         dropped = 0 if self._finite is None else int((~self._finite).sum())
         sums = {**self._sums, **self._parts}
         self.total.add(
@@ -279,3 +401,13 @@ def _rounded_down(
             rows[kind] = lowered.T.contiguous().to(device=like.device, dtype=like.dtype) * unit
         found[parameter] = rows[kind][i]
     return found
+
+
+def _address(tensor: Tensor) -> int:
+    """Of a tensor's memory, which tells apart what is alive at one time; -1 for one that is not dense."""
+    return tensor.untyped_storage().data_ptr() if tensor.layout is torch.strided else -1
+
+
+def _bytes(use: Use, held: set[int]) -> int:
+    """What a use keeps alive that nothing else does."""
+    return sum(tensor.numel() * tensor.itemsize for tensor in use.operands if _address(tensor) not in held)

@@ -159,8 +159,8 @@ class Convolution(Use):
         return Convolution(x, dy, self.shape, self.geometry, self._n)
 
     @property
-    def held(self) -> int:
-        return self.x.numel() + self.dy.numel()
+    def operands(self) -> tuple[Tensor, ...]:
+        return self.x, self.dy
 
     def compact(self, room: int) -> Use:
         """Keep per-sample gradients where there is room: the weighted sum then needs no convolution of its own."""

@@ -22,8 +22,8 @@ class Explicit(Use):
         return self._grads.shape[0]
 
     @property
-    def held(self) -> int:
-        return self._grads.numel()
+    def operands(self) -> tuple[Tensor, ...]:
+        return (self._grads,)
 
     def grad_samples(self) -> Tensor:
         return self._grads

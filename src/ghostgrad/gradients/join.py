@@ -48,8 +48,8 @@ class Joined(Use):
         return self.parts[0].n
 
     @property
-    def held(self) -> int:
-        return sum(part.held for part in self.parts)
+    def operands(self) -> tuple[Tensor, ...]:
+        return tuple(tensor for part in self.parts for tensor in part.operands)
 
     @property
     def route(self) -> str:

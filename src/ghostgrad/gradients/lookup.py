@@ -28,8 +28,8 @@ class Lookup(Use):
         return self.ids.shape[0]
 
     @property
-    def held(self) -> int:
-        return self.ids.numel() + self.dy.numel()
+    def operands(self) -> tuple[Tensor, ...]:
+        return self.ids, self.dy
 
     @property
     def route(self) -> str:

@@ -103,8 +103,8 @@ class Matmul(Use):
         return (dy.mT @ x).reshape(self.shape)
 
     @property
-    def held(self) -> int:
-        return self.x.numel() + self.dy.numel()
+    def operands(self) -> tuple[Tensor, ...]:
+        return self.x, self.dy
 
     def compact(self, room: int) -> Use:
         """Keep per-sample gradients where there is room: the weighted sum then needs no matrix product of its own."""

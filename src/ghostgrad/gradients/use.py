@@ -53,8 +53,13 @@ class Use(ABC):
 
     @property
     @abstractmethod
+    def operands(self) -> tuple[Tensor, ...]:
+        """The tensors this use keeps alive."""
+
+    @property
     def held(self) -> int:
         """How many elements this use keeps alive."""
+        return sum(tensor.numel() for tensor in self.operands)
 
     def sq_norms(self) -> Tensor:
         """Each record's squared gradient norm, [n]."""
@@ -69,7 +74,7 @@ class Use(ABC):
         """The form in which norm and weighted sum cost least together; the same numbers.
 
         Args:
-            room: how many elements more than now it may keep alive; at least 0.
+            room: how many elements more than now it may keep alive; below 0 if it has to be so many fewer.
         """
         return self
 

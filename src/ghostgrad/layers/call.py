@@ -129,6 +129,7 @@ class Call:
         buffers: what those of the module's buffers that the call changed were before it, under the same condition.
         autocast: the context of mixed precision that the call ran in, to be entered where the module is run again; None for
             none. A backward runs outside of it.
+        holds_inputs: whether the graph holds the inputs as they are until it is let go, so that keeping them takes nothing more.
     """
 
     module: nn.Module
@@ -142,6 +143,7 @@ class Call:
     randomness: Randomness | None = None
     buffers: Mapping[str, Tensor] = field(default_factory=dict)
     autocast: AbstractContextManager[Any] | None = None
+    holds_inputs: bool = False
 
     def argument(self, position: int, name: str, default: Any = None) -> Any:
         """An argument of the call, passed by position or by keyword."""

@@ -50,6 +50,9 @@ class _Watch:
     def __init__(self) -> None:
         self.original = torch.autograd.backward
         self.depth = 0
+        """How many backwards are under way, one inside the other."""
+        self.begun = 0
+        """How many were begun so far."""
         self._users = 0
 
     def start(self) -> None:
@@ -83,6 +86,7 @@ class _Watch:
                 nested=bool(self.depth),
             )
             self.depth += 1
+            self.begun += 1
             try:
                 self.original(tensors, *args, **options)
             finally:

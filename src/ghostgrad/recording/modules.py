@@ -187,9 +187,15 @@ class Modules:
             copies = tuple(out.detach().clone() for out in outs)
         if not rule.reads(parameters) and not any(is_split(p) for p in parameters.values()):
             keep = tuple(tensor.new_zeros(()).expand(tensor.shape) for tensor in keep)
-        if not tape.done:
+        as_it_is = torch.is_grad_enabled() and not _saved_are_packed(True) and not tape.done
+        if tape.done:
             # While the backward runs, a checkpointed part is run once more: the same call, counted already.
+            tape.rerun = True
+        else:
             tape.calls.update(parameters.values())
+            tape.packed = tape.packed or not as_it_is
+        if tape.weighing is not None:
+            tape.weighing.call(keep, outs, parameters)
         precision = _autocast(outs[0].device.type)
 
         def fired(kept: Callable[[], tuple[Tensor, ...]], grads: tuple[Tensor | None, ...]) -> None:
@@ -202,7 +208,9 @@ class Modules:
             if any(is_split(p) for p in parameters.values()):
                 arrived, grads = on_this_rank(shown, module, arrived, grads)
             args, kwargs = rebuild(arrived)
-            call = Call(module, shown, parameters, args, kwargs, tuple(grads), copies, rows, *began, precision)
+            call = Call(
+                module, shown, parameters, args, kwargs, tuple(grads), copies, rows, *began, precision, as_it_is
+            )
             self.fired(tape, rule, call)
 
         return Probe.apply(fired, keep, len(outs), *outs, *parameters.values())  # type: ignore[no-untyped-call]
@@ -221,6 +229,10 @@ class Modules:
         if reason:
             raise UnsupportedModuleError(f"{path}: {type(module).__name__}: {reason}.")
         return rule
+
+
+_saved_are_packed: Callable[[bool], object] = torch._C._autograd._top_saved_tensors_default_hooks
+"""Whether something takes the place of tensors that autograd saves now."""
 
 
 def _places(

@@ -24,7 +24,6 @@ from ghostgrad.recording.loss_graph import MOST_NODES
 from ghostgrad.recording.losses import LossKnowledge, watch
 from ghostgrad.recording.modules import Modules
 from ghostgrad.recording.padding_proof import check_gradients, check_padding
-from ghostgrad.recording.passes import Passes
 from ghostgrad.recording.probe import Boundary
 from ghostgrad.recording.refusals import check_batch_norms, check_same_records
 from ghostgrad.recording.rehearsal import Rehearsal
@@ -32,6 +31,7 @@ from ghostgrad.recording.rows import count_records, no_rows, one_row, rows_of
 from ghostgrad.recording.sharded import Sharded
 from ghostgrad.recording.sliced import Sliced
 from ghostgrad.recording.tape import Delivery, Recording, Tape
+from ghostgrad.recording.weighing import Weight
 from ghostgrad.sampling import Padding
 from ghostgrad.tree import flatten, map_tensors, tensors
 
@@ -48,12 +48,13 @@ class Phase(Enum):
 class Sink(Protocol):
     """What the recorder needs of a clipper."""
 
-    may_pass_twice: bool
-    """Whether the graph has to stay for a second backward."""
-
     @property
     def passes_twice(self) -> bool:
         """Whether a second backward has to follow the one that was settled."""
+
+    @property
+    def postponed(self) -> Sequence[nn.Parameter]:
+        """The weights that it is for."""
 
     def wants(self, parameter: nn.Parameter) -> bool:
         """Whether the second backward is for this weight."""
@@ -64,11 +65,25 @@ class Sink(Protocol):
     def note_pass(self) -> None:
         """A gradient went through the graph that is not recorded (`torch.autograd.grad` of the inputs)."""
 
-    def measure(self, parameter: nn.Parameter, use: Use, *, complete: bool) -> tuple[str, str]:
-        """Take note of a use; ``complete`` says that no other use of the weight can follow. The route, and what is kept."""
+    def weigh(self, weighed: Callable[[], Weight]) -> None:
+        """Where it matters, ask what the graph holds of a record, and what would be kept in its place."""
+
+    def begin(self, n: int, *, packed: bool) -> bool:
+        """A backward of n records begins; returns whether its graph has to stay for a second one.
+
+        ``packed`` says that it does not hold all of the layers' inputs as they are.
+        """
+
+    def measure(
+        self, parameter: nn.Parameter, use: Use, *, complete: bool, inputs: Sequence[Tensor]
+    ) -> tuple[str, str]:
+        """Take note of a use; the route of its norm, and what is kept.
+
+        ``complete`` says that no other use of the weight can follow, ``inputs`` what of it the graph keeps anyway.
+        """
 
     def settle(self, n: int, unit: float) -> None:
-        """All uses are known: work out the factors, and with one pass the sums.
+        """All uses are known: work out the factors, and the sums of what was kept.
 
         A record's gradient is ``unit`` times what was measured. With no records, in step with ranks that have some.
         """
@@ -80,7 +95,7 @@ class Sink(Protocol):
         """Second pass: the backward has gone through a unit of split parameters, on all ranks."""
 
     def commit(self, tapes: Sequence[Tape]) -> None:
-        """Add the sums of this backward to those of the step."""
+        """Add the sums of this backward to those of the step; refuse a second one that was not the first again."""
 
     def reset(self) -> None:
         """Forget the backward that is under way."""
@@ -133,6 +148,8 @@ class Recorder:
         self.batch_first, self.loss_reduction = batch_first, loss_reduction
         self.losses = LossKnowledge(loss_reduction, accumulation_steps)
         self.observed: dict[str, Observation] = {}
+        self._observed_now: dict[str, tuple[Observation, Mapping[str, nn.Parameter]]] = {}
+        """In the backward under way."""
         self.modules = Modules(root, self._fired, batch_first=batch_first, generic_only=generic_only, shards=shards)
         self._shards = None if shards is None else Sharded(shards, self.modules, sink)
         self._slices = None if slices is None else Sliced(slices, self.modules)
@@ -148,7 +165,6 @@ class Recorder:
         self._shown: set[str] = set()
         """Modules at which a gradient arrived in the isolation under way."""
         self._linearity = proofs.Linearity()
-        self._passes = Passes()
         self._round: list[Recording] = []
         self._live: weakref.WeakSet[Tape] = weakref.WeakSet()
         self._round_task = -1
@@ -247,7 +263,11 @@ class Recorder:
                         check_backward(self.modules, args, kwargs, n, other_sizes=sizes)
                 else:
                     proofs.check_alone(self.root, args, kwargs)
-            return Rehearsal(self.modules).run(args, kwargs, n) and tells
+            rehearsal = Rehearsal(self.modules)
+            done = rehearsal.run(args, kwargs, n)
+            if done and self._in_step is None:
+                self.sink.weigh(lambda: rehearsal.weigh(args, kwargs, n))
+            return done and tells
 
     def _check_padding(self, args: Any, kwargs: Any, tape: Tape) -> None:
         """Until a batch has shown it: where records are padded because of others, none of their outputs depends on that."""
@@ -336,27 +356,27 @@ class Recorder:
                 self._shown.add(call.path)
             return
         if self._phase is Phase.SUM:
-            self._passes.second(call)
             self._add_up(rule, call)
             return
         self._linearity.check(call)
-        if self.sink.may_pass_twice:
-            self._passes.first(call)
         uses = self.modules.uses(rule, call)
+        inputs = tensors((call.args, dict(call.kwargs))) if call.holds_inputs else ()
         routes, kept = {}, {}
-        for name, held in call.parameters.items():
-            parameter = self._owner(held)
-            tape.calls[held] -= 1
-            complete = tape.calls[held] == 0 and len(self._live) == 1
-            routes[name], kept[name] = self.sink.measure(parameter, uses[name], complete=complete)
+        for name, p in call.parameters.items():
+            parameter = self._owner(p)
+            tape.calls[p] -= 1
+            complete = tape.calls[p] == 0 and len(self._live) == 1
+            routes[name], kept[name] = self.sink.measure(parameter, uses[name], complete=complete, inputs=inputs)
         if routes and call.path not in self.observed:
-            self.observed[call.path] = Observation(rule.name, routes, kept)
+            self._observed_now[call.path] = Observation(rule.name, routes, kept), call.parameters
 
     def _add_up(self, rule: Rule, call: Call) -> None:
         wanted = {name: p for name, p in call.parameters.items() if self.sink.wants(self._owner(p))}
-        uses = self.modules.uses(rule, replace(call, parameters=wanted)) if wanted else {}
-        for name, held in wanted.items():
-            self.sink.add(self._owner(held), uses[name])
+        if not wanted:
+            return
+        uses = self.modules.uses(rule, replace(call, parameters=wanted))
+        for name, p in wanted.items():
+            self.sink.add(self._owner(p), uses[name])
 
     def _owner(self, held: nn.Parameter) -> nn.Parameter:
         """The optimizer's parameter, where a module holds a gathered one in its place."""
@@ -414,7 +434,7 @@ class Recorder:
         if task != self._round_task or not self._round:
             self._round, self._round_task = [], task
             self.sink.reset()
-            self._passes.forget()
+            self._observed_now.clear()
             if self._shards is not None:
                 self._shards.recover()
             Variable._execution_engine.queue_callback(self._finish)
@@ -447,7 +467,9 @@ class Recorder:
             self._isolate(recording, rows)
         elif tape.isolate:
             self._pass_twice(recording, _zeros(recording, recording.grads))
-        self._run(recording, Phase.MEASURE, recording.grads, retain=self.sink.may_pass_twice)
+        begun = watch.begun
+        self._run(recording, Phase.MEASURE, recording.grads, retain=self.sink.begin(tape.n, packed=tape.packed))
+        tape.rerun = tape.rerun or watch.begun > begun
         self._check_foreign_gradients()
 
     def _isolate(self, recording: Recording, rows: Rows) -> None:
@@ -467,7 +489,7 @@ class Recorder:
         recording.grads = _zeros(recording, grads)
         if recording.tape.isolate:
             self._pass_twice(recording, recording.grads)
-        self._run(recording, Phase.MEASURE, recording.grads, retain=self.sink.may_pass_twice)
+        self._run(recording, Phase.MEASURE, recording.grads, retain=self.sink.begin(0, packed=recording.tape.packed))
         self._check_foreign_gradients()
 
     def _pass_twice(self, recording: Recording, grads: Sequence[Tensor | None]) -> None:
@@ -491,9 +513,13 @@ class Recorder:
         outer, modules.tape, self._phase = modules.tape, recording.tape, phase
         compiling = leave_uncompiled(True)  # checkpointed parts are run again
         again = retain and not passed_on
+        # The second backward ends at the last weight it is for, unless others run inside it, which know no such end.
+        whole = phase is not Phase.SUM or self._in_step is not None or recording.tape.rerun
+        ends = None if whole else self.sink.postponed
+        outs, given = ([pair[i] for pair in arrived] for i in (0, 1))
         try:
             with nullcontext() if self._shards is None else self._shards.passing(again=again):
-                watch.original([out for out, _ in arrived], [grad for _, grad in arrived], retain_graph=retain)
+                watch.original(outs, given, retain_graph=retain, inputs=ends)
         finally:
             compile_again(compiling)
             modules.tape, self._phase = outer, Phase.MEASURE
@@ -508,22 +534,28 @@ class Recorder:
             check_same_records(tapes)
             if tapes[0].width:
                 self.sink.settle(tapes[0].n, self._unit(tapes[0]) / self._scale(tapes[0]))
+                self._note_observed()
                 if self.sink.passes_twice:
-                    self._passes.turn()
                     for recording in recordings:
                         self._run(recording, Phase.SUM, recording.grads, retain=False)
-                    self._passes.check()
                 if self._shards is not None:
                     self._shards.hand_over_rest()
             self.sink.commit(tapes)
         finally:
             self.sink.reset()
-            self._passes.forget()
             if self._shards is not None:
                 self._shards.recover()
             for recording in recordings:
                 self._live.discard(recording.tape)
                 recording.outputs, recording.grads = [], []
+
+    def _note_observed(self) -> None:
+        """Say of modules that were met for the first time what was kept of them in the end."""
+        for path, (seen, parameters) in self._observed_now.items():
+            kept = {
+                name: "norms" if self.sink.wants(self._owner(p)) else seen.kept[name] for name, p in parameters.items()
+            }
+            self.observed[path] = replace(seen, kept=kept)
 
     def _check_foreign_gradients(self) -> None:
         """Nothing but the clipper may produce a gradient of a parameter; while it works ``p.grad`` stays None."""

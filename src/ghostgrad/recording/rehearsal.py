@@ -31,6 +31,7 @@ from ghostgrad.recording.plan import Layout
 from ghostgrad.recording.rows import with_one_more
 from ghostgrad.recording.tape import Tape
 from ghostgrad.recording.totals import Totals
+from ghostgrad.recording.weighing import Weighing, Weight
 from ghostgrad.tree import map_tensors, tensors
 
 _MOST_ATTEMPTS = 64
@@ -80,6 +81,15 @@ class Rehearsal:
             raise
         finally:
             self._modules.fired = fired
+
+    def weigh(self, args: Any, kwargs: Any, n: int) -> Weight:
+        """One more forward under the plan that was found, to see what its graph holds."""
+        weighing = Weighing(n, [*self._root.parameters(), *self._root.buffers()])
+        with self._recorded(n), torch.autograd.graph.saved_tensors_hooks(weighing.pack, lambda tensor: tensor):
+            assert self._modules.tape is not None
+            self._modules.tape.weighing = weighing
+            self._forward((args, kwargs))
+        return weighing.of_a_record
 
     def _search(self, batch: Any, n: int) -> bool:
         plain: list[Tensor] | None = None

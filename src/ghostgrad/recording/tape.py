@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 
 from ghostgrad.recording.padding_proof import Own
+from ghostgrad.recording.weighing import Weighing
 
 
 class Delivery(NamedTuple):
@@ -34,10 +35,13 @@ class Tape:
             on that.
         inputs: the root's inputs that require grad, and the leaves that stood in for them inside.
         calls: how many probes of each parameter have not fired yet.
+        packed: whether the graph does not hold all of the calls' inputs as they are (checkpointed, off-loaded).
+        weighing: counts what the calls take; None where nobody asks.
         unproved: the layouts of calls that row isolation was not shown for yet.
         isolate: whether some rank has to show row isolation in the backward.
         read: whether the loss whose backward is under way was read down to here.
         done: whether its backward ran; it can run once.
+        rerun: whether parts of the forward were run again in it (checkpointing, reversible layers).
     """
 
     n: int
@@ -47,10 +51,13 @@ class Tape:
     padded: tuple[Own, ...] | None = None
     inputs: list[tuple[Tensor, Tensor]] = field(default_factory=list)
     calls: Counter[nn.Parameter] = field(default_factory=Counter)
+    packed: bool = False
+    weighing: Weighing | None = None
     unproved: set[Any] = field(default_factory=set)
     isolate: bool = False
     read: bool = False
     done: bool = False
+    rerun: bool = False
 
     def __post_init__(self) -> None:
         if self.width < 0:
