@@ -15,6 +15,7 @@ from ghostgrad.errors import PrivacyError, UnsupportedModuleError
 from ghostgrad.gradients import Use
 from ghostgrad.layers import Buffers, Call, Randomness, Rows, Rule
 from ghostgrad.recording.hooks import Hook
+from ghostgrad.recording.packing import packs
 from ghostgrad.recording.places import Observed
 from ghostgrad.recording.plan import GENERIC, Layout, Plan, with_batch
 from ghostgrad.recording.probe import Probe
@@ -187,7 +188,7 @@ class Modules:
             copies = tuple(out.detach().clone() for out in outs)
         if not rule.reads(parameters) and not any(is_split(p) for p in parameters.values()):
             keep = tuple(tensor.new_zeros(()).expand(tensor.shape) for tensor in keep)
-        as_it_is = torch.is_grad_enabled() and not _saved_are_packed(True) and not tape.done
+        as_it_is = torch.is_grad_enabled() and not packs() and not tape.done
         if tape.done:
             # While the backward runs, a checkpointed part is run once more: the same call, counted already.
             tape.rerun = True
@@ -229,10 +230,6 @@ class Modules:
         if reason:
             raise UnsupportedModuleError(f"{path}: {type(module).__name__}: {reason}.")
         return rule
-
-
-_saved_are_packed: Callable[[bool], object] = torch._C._autograd._top_saved_tensors_default_hooks
-"""Whether something takes the place of tensors that autograd saves now."""
 
 
 def _places(
