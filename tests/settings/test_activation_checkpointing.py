@@ -93,9 +93,9 @@ def test_ghost_keeps_norms_and_nothing_else_of_a_checkpointed_block(monkeypatch,
     kept: dict[str, bool] = {}
     original = Clipper.measure
 
-    def measure(self, parameter, use, *, complete, inputs):
+    def measure(self, parameter, use, *, complete, held):
         kept[names[parameter]] = not complete
-        return original(self, parameter, use, complete=complete, inputs=inputs)
+        return original(self, parameter, use, complete=complete, held=held)
 
     model, optimizer = private(drawn(lambda: TinyGPT(reentrant)), "ghost", 1.0)
     names = {p: name for name, p in model.named_parameters()}

@@ -156,13 +156,13 @@ class Clipper:
         self.total.passed_by = True
 
     def measure(
-        self, parameter: nn.Parameter, use: Use, *, complete: bool, inputs: Sequence[Tensor] = ()
+        self, parameter: nn.Parameter, use: Use, *, complete: bool, held: Callable[[], Sequence[Tensor]] = tuple
     ) -> tuple[str, str]:
         """Take note of a use of a weight; returns the route its norm takes, and what is kept until the factors are known.
 
         Args:
             complete: whether no other use of the weight can follow.
-            inputs: tensors that the graph holds anyway.
+            held: tells the tensors that the graph holds anyway.
         """
         if parameter in self._sq_norms:
             raise PrivacyError(
@@ -177,7 +177,7 @@ class Clipper:
         elif self._left == math.inf:
             use = self._cheaper(use)
         else:
-            use, more = self._smaller(use, {_address(tensor) for tensor in inputs})
+            use, more = self._smaller(use, {_address(tensor) for tensor in held()})
             self._bytes[parameter] += more
             self._left -= more
         self._awaited[parameter] += 1

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ghostgrad.errors import UnsupportedModuleError
 from ghostgrad.layers.randomness import Randomness
+from ghostgrad.tree import tensors
 
 
 @dataclass(frozen=True)
@@ -156,6 +157,10 @@ class Call:
         if not isinstance(x, Tensor):
             raise UnsupportedModuleError(f"{self.path}: the input is a {type(x).__name__}, not a tensor.")
         return x
+
+    def held(self) -> list[Tensor]:
+        """The tensors among the arguments that the graph holds."""
+        return tensors((self.args, dict(self.kwargs))) if self.holds_inputs else []
 
     @property
     def grad_output(self) -> Tensor:

@@ -75,11 +75,11 @@ class Sink(Protocol):
         """
 
     def measure(
-        self, parameter: nn.Parameter, use: Use, *, complete: bool, inputs: Sequence[Tensor]
+        self, parameter: nn.Parameter, use: Use, *, complete: bool, held: Callable[[], Sequence[Tensor]]
     ) -> tuple[str, str]:
         """Take note of a use; the route of its norm, and what is kept.
 
-        ``complete`` says that no other use of the weight can follow, ``inputs`` what of it the graph keeps anyway.
+        ``complete`` says that no other use of the weight can follow, ``held`` what of it the graph keeps anyway.
         """
 
     def settle(self, n: int, unit: float) -> None:
@@ -360,13 +360,12 @@ class Recorder:
             return
         self._linearity.check(call)
         uses = self.modules.uses(rule, call)
-        inputs = tensors((call.args, dict(call.kwargs))) if call.holds_inputs else ()
         routes, kept = {}, {}
         for name, p in call.parameters.items():
             parameter = self._owner(p)
             tape.calls[p] -= 1
             complete = tape.calls[p] == 0 and len(self._live) == 1
-            routes[name], kept[name] = self.sink.measure(parameter, uses[name], complete=complete, inputs=inputs)
+            routes[name], kept[name] = self.sink.measure(parameter, uses[name], complete=complete, held=call.held)
         if routes and call.path not in self.observed:
             self._observed_now[call.path] = Observation(rule.name, routes, kept), call.parameters
 
