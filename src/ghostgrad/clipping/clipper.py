@@ -18,7 +18,7 @@ from ghostgrad.distributed import Shards, TensorParallel, Unit
 from ghostgrad.errors import ConfigurationError, PrivacyError
 from ghostgrad.free_memory import free_memory
 from ghostgrad.gradients import Explicit, Use, join
-from ghostgrad.recording import Tape, Weight
+from ghostgrad.recording import Footprint, Tape
 
 _ROOM = 1 << 24
 """How many elements of per-sample gradients the one-pass form may keep beyond what they are made of: 64 MiB in float32."""
@@ -30,9 +30,10 @@ _WORTH_A_LOOK = 1 << 28
 """Bytes of per-sample gradients from which the free memory is asked for."""
 
 
-_TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4}
+_TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-3}
 _HALF = 4e-2
-"""How far the squared norms of two backwards may be apart: kernels that add up in any order do not round twice alike."""
+"""How far the squared norms of two backwards may be apart: kernels that add up in any order do not round twice alike, and
+neither do two ways to one norm."""
 
 _DIFFER = (
     "the second backward of this mode met other values than the first, from which the clip factors come: something is drawn anew "
@@ -55,7 +56,7 @@ class Mode(Enum):
     """One backward: the uses are kept, in their cheapest form, until the factors are known."""
     GHOST = "ghost"
     """The least memory: the uses in their smallest form while the graph is let go, or, where they would take more than that
-    (checkpointing, large batches of single rows), norms alone and a second backward that adds up."""
+    (checkpointing, recurrent layers), norms alone and a second backward that adds up."""
 
 
 class Clipper:
@@ -88,7 +89,7 @@ class Clipper:
         self._max_memory = max_memory
         self._in_step = mode is Mode.GHOST and not (shards is None and slices is None)
         """With ranks that have to run as many backwards, whatever each of them has room for."""
-        self._weight: Weight | None = None
+        self._footprint: Footprint | None = None
         self._shows = mode in (Mode.HOOKS, Mode.FUNCTORCH)
         self._warned = False
         self.reset()
@@ -123,10 +124,10 @@ class Clipper:
         self._room = 0 if self.mode is Mode.GHOST else _ROOM
         self._left = math.inf if self._max_memory is None else float(self._max_memory)
 
-    def weigh(self, weighed: Callable[[], Weight]) -> None:
+    def weigh(self, weighed: Callable[[], Footprint | None]) -> None:
         """Look what a record takes, where it is to be decided whether one backward takes no more memory than two."""
         if self.mode is Mode.GHOST:
-            self._weight = weighed()
+            self._footprint = weighed()
 
     def begin(self, n: int, *, packed: bool) -> bool:
         """A backward of n records begins; returns whether its graph has to stay for a second one.
@@ -140,9 +141,9 @@ class Clipper:
 
     def _lets_go(self, n: int) -> bool:
         """Whether what is kept of uses takes hardly more than the graph that is let go for them."""
-        if self._weight is None:
+        if self._footprint is None:
             return False
-        held, kept = n * self._weight.held, n * self._weight.kept
+        held, kept = n * self._footprint.held, n * self._footprint.kept
         gradients = sum(p.numel() * p.itemsize for p in self.total.parameters())
         return kept <= held + _MORE * (held + 2 * gradients)
 
@@ -330,9 +331,8 @@ class Clipper:
         use = join(self._again.pop(parameter))
         first, again, factors = self._sq_norms[parameter], use.sq_norms(), self._factors[parameter]
         self._gaps.append((again - first).abs().to("cpu", torch.float64))
-        self._tolerance = max(
-            self._tolerance, *(_TOLERANCE.get(t.dtype, _HALF) for t in use.operands if t.is_floating_point())
-        )
+        kinds = [parameter.dtype, *(tensor.dtype for tensor in use.operands if tensor.is_floating_point())]
+        self._tolerance = max(self._tolerance, *(_TOLERANCE.get(kind, _HALF) for kind in kinds))
         self._add(parameter, use, torch.where(again > first, factors * (first / again).sqrt(), factors))
 
     def _check_second(self) -> None:

@@ -195,8 +195,6 @@ class Modules:
         else:
             tape.calls.update(parameters.values())
             tape.packed = tape.packed or not as_it_is
-        if tape.weighing is not None:
-            tape.weighing.call(keep, outs, parameters)
         precision = _autocast(outs[0].device.type)
 
         def fired(kept: Callable[[], tuple[Tensor, ...]], grads: tuple[Tensor | None, ...]) -> None:

@@ -31,7 +31,7 @@ from ghostgrad.recording.rows import count_records, no_rows, one_row, rows_of
 from ghostgrad.recording.sharded import Sharded
 from ghostgrad.recording.sliced import Sliced
 from ghostgrad.recording.tape import Delivery, Recording, Tape
-from ghostgrad.recording.weighing import Weight
+from ghostgrad.recording.weighing import Footprint
 from ghostgrad.sampling import Padding
 from ghostgrad.tree import flatten, map_tensors, tensors
 
@@ -65,7 +65,7 @@ class Sink(Protocol):
     def note_pass(self) -> None:
         """A gradient went through the graph that is not recorded (`torch.autograd.grad` of the inputs)."""
 
-    def weigh(self, weighed: Callable[[], Weight]) -> None:
+    def weigh(self, weighed: Callable[[], Footprint | None]) -> None:
         """Where it matters, ask what the graph holds of a record, and what would be kept in its place."""
 
     def begin(self, n: int, *, packed: bool) -> bool:

@@ -31,7 +31,7 @@ from ghostgrad.recording.plan import Layout
 from ghostgrad.recording.rows import with_one_more
 from ghostgrad.recording.tape import Tape
 from ghostgrad.recording.totals import Totals
-from ghostgrad.recording.weighing import Weighing, Weight
+from ghostgrad.recording.weighing import Footprint, Weighing
 from ghostgrad.tree import map_tensors, tensors
 
 _MOST_ATTEMPTS = 64
@@ -82,14 +82,33 @@ class Rehearsal:
         finally:
             self._modules.fired = fired
 
-    def weigh(self, args: Any, kwargs: Any, n: int) -> Weight:
-        """One more forward under the plan that was found, to see what its graph holds."""
-        weighing = Weighing(n, [*self._root.parameters(), *self._root.buffers()])
-        with self._recorded(n), torch.autograd.graph.saved_tensors_hooks(weighing.pack, lambda tensor: tensor):
-            assert self._modules.tape is not None
-            self._modules.tape.weighing = weighing
-            self._forward((args, kwargs))
-        return weighing.of_a_record
+    def weigh(self, args: Any, kwargs: Any, n: int) -> Footprint | None:
+        """Once more under the plan that was found, to see what the graph holds and what uses take.
+
+        None where the model does not run with hooks on what autograd saves (`torch.func.grad` inside it).
+        """
+        modules, weighing = self._modules, Weighing([*self._root.parameters(), *self._root.buffers()])
+
+        def fired(tape: Tape, rule: Rule, call: Call) -> None:
+            for use in modules.uses(rule, call).values():
+                weighing.keep(use)
+
+        before, modules.fired = modules.fired, fired
+        try:
+            with self._recorded(n):
+                with torch.autograd.graph.saved_tensors_hooks(weighing.pack, lambda tensor: tensor):
+                    found = self._forward((args, kwargs))
+                outs, grads = _directions(found, Rows(n, modules.batch_first, type(self._root).__name__))
+                if outs:
+                    watch.original(outs, grads)
+        except GhostgradError:
+            raise
+        except Exception:
+            return None
+        finally:
+            modules.fired = before
+            modules.take_gradients()
+        return weighing.of_a_record(n)
 
     def _search(self, batch: Any, n: int) -> bool:
         plain: list[Tensor] | None = None

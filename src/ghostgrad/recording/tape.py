@@ -9,7 +9,6 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 
 from ghostgrad.recording.padding_proof import Own
-from ghostgrad.recording.weighing import Weighing
 
 
 class Delivery(NamedTuple):
@@ -36,7 +35,6 @@ class Tape:
         inputs: the root's inputs that require grad, and the leaves that stood in for them inside.
         calls: how many probes of each parameter have not fired yet.
         packed: whether the graph does not hold all of the calls' inputs as they are (checkpointed, off-loaded).
-        weighing: counts what the calls take; None where nobody asks.
         unproved: the layouts of calls that row isolation was not shown for yet.
         isolate: whether some rank has to show row isolation in the backward.
         read: whether the loss whose backward is under way was read down to here.
@@ -52,7 +50,6 @@ class Tape:
     inputs: list[tuple[Tensor, Tensor]] = field(default_factory=list)
     calls: Counter[nn.Parameter] = field(default_factory=Counter)
     packed: bool = False
-    weighing: Weighing | None = None
     unproved: set[Any] = field(default_factory=set)
     isolate: bool = False
     read: bool = False

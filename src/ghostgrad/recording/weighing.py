@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from ghostgrad.gradients import wide
+from ghostgrad.gradients import Use
 
 
-class Weight(NamedTuple):
+class Footprint(NamedTuple):
     """Bytes for each record.
 
     Attributes:
         held: what the graph holds.
-        kept: what uses would take in the end.
+        kept: what uses take in the end.
     """
 
     held: float
@@ -24,43 +24,32 @@ class Weight(NamedTuple):
 
 
 class Weighing:
-    """Counts storages once, in bytes. It keeps what it counts alive, so that no address is met twice.
+    """Counts memory once, wherever it is met again. It keeps what it counts alive, so that no address is another's.
 
     Args:
-        n: the records in the batch.
-        weights: the model's own tensors, which are there anyway.
+        there: the model's own tensors, which are not counted.
     """
 
-    def __init__(self, n: int, weights: Iterable[Tensor]) -> None:
-        self._n = n
-        self._weights = {_address(weight) for weight in weights if _is_dense(weight)}
+    def __init__(self, there: Iterable[Tensor]) -> None:
+        self._there = {_address(tensor) for tensor in there if _is_dense(tensor)}
         self._saved: dict[int, Tensor] = {}
-        self._inputs: dict[int, Tensor] = {}
-        self._outputs: dict[int, Tensor] = {}
-        self._samples = 0
+        self._kept: dict[int, Tensor] = {}
 
     def pack(self, tensor: Tensor) -> Tensor:
-        """Autograd saves this."""
-        if _is_dense(tensor) and _address(tensor) not in self._weights:
-            self._saved[_address(tensor)] = tensor.detach()
+        """Autograd saves this. What takes its place has no graph: with one, an output would hold itself for good."""
+        tensor = tensor.detach()
+        if _is_dense(tensor) and _address(tensor) not in self._there:
+            self._saved[_address(tensor)] = tensor
         return tensor
 
-    def call(self, inputs: Sequence[Tensor], outs: Sequence[Tensor], trained: Mapping[str, nn.Parameter]) -> None:
-        """A call of a module: its inputs and gradients as large as its outputs would be kept, or smaller per-sample gradients."""
-        inputs = [tensor for tensor in inputs if _is_dense(tensor)]
-        samples = self._n * sum(p.numel() * wide(p.new_empty(0)).itemsize for p in trained.values())
-        if samples < sum(map(_bytes, (*inputs, *outs))):
-            self._samples += samples
-        else:
-            self._inputs.update({_address(tensor): tensor for tensor in inputs})
-            self._outputs.update({_address(tensor): tensor.detach() for tensor in outs})
+    def keep(self, use: Use) -> None:
+        """A use was met, and would be kept in its smallest form."""
+        self._kept.update({_address(tensor): tensor for tensor in use.compact(0).operands if _is_dense(tensor)})
 
-    @property
-    def of_a_record(self) -> Weight:
-        """What was counted, by record."""
-        held = sum(map(_bytes, self._saved.values()))
-        kept = self._samples + sum(map(_bytes, (*self._inputs.values(), *self._outputs.values())))
-        return Weight(held / self._n, kept / self._n)
+    def of_a_record(self, n: int) -> Footprint:
+        """What was counted, for each of ``n`` records."""
+        held, kept = (sum(map(_bytes, found.values())) for found in (self._saved, self._kept))
+        return Footprint(held / n, kept / n)
 
 
 def _is_dense(tensor: Tensor) -> bool:
