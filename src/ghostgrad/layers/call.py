@@ -174,4 +174,6 @@ class Call:
 def sum_to(grads: Tensor, shape: torch.Size) -> Tensor:
     """Per-sample gradients ``[n, ..., *p]`` summed over everything between the record and the parameter: ``[n, *p]``."""
     between = tuple(range(1, grads.dim() - len(shape)))
-    return grads.sum(between) if between else grads
+    if any(grads.shape[dim] != 1 for dim in between):
+        return grads.sum(between)
+    return grads.squeeze(between) if between else grads  # no copy: it may be kept beside what it is a view of
