@@ -331,7 +331,7 @@ def test_repr_and_explain_say_which_clipper_is_used() -> None:
     [
         ("hooks", "per-sample gradients (p.grad_sample)"),
         ("functorch", "per-sample gradients (p.grad_sample)"),
-        ("ghost", "norms"),
+        ("ghost", "weight: inputs and output gradients, bias: per-sample gradients"),
         ("bk", "weight: inputs and output gradients, bias: per-sample gradients"),
     ],
 )

@@ -26,6 +26,9 @@ _ROOM = 1 << 24
 _MORE = 0.2
 """By how much the peak of ghost mode may be above that of the plain step, for which it saves the second backward."""
 
+_LITTLE = 1 << 19
+"""Bytes that no second backward is worth."""
+
 _WORTH_A_LOOK = 1 << 28
 """Bytes of per-sample gradients from which the free memory is asked for."""
 
@@ -145,7 +148,7 @@ class Clipper:
             return False
         held, kept = n * self._footprint.held, n * self._footprint.kept
         gradients = sum(p.numel() * p.itemsize for p in self.total.parameters())
-        return kept <= held + _MORE * (held + 2 * gradients)
+        return kept <= held + _MORE * (held + 2 * gradients) + _LITTLE
 
     def admit(self, tapes: Sequence[Tape]) -> None:
         """Refuse records that must not be added to this step."""
