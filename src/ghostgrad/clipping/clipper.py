@@ -18,7 +18,7 @@ from ghostgrad.distributed import Shards, TensorParallel, Unit
 from ghostgrad.errors import ConfigurationError, PrivacyError
 from ghostgrad.free_memory import free_memory
 from ghostgrad.gradients import Explicit, Use, join
-from ghostgrad.recording import Footprint, Tape
+from ghostgrad.recording import Footprint, Tape, address_of
 
 _ROOM = 1 << 24
 """How many elements of per-sample gradients the one-pass form may keep beyond what they are made of: 64 MiB in float32."""
@@ -181,7 +181,7 @@ class Clipper:
         elif self._left == math.inf:
             use = self._cheaper(use)
         else:
-            use, more = self._smaller(use, {_address(tensor) for tensor in held()})
+            use, more = self._smaller(use, {address_of(tensor) for tensor in held()})
             self._bytes[parameter] += more
             self._left -= more
         self._awaited[parameter] += 1
@@ -215,7 +215,7 @@ class Clipper:
         self._room -= max(0, small.held - use.held)
         return small
 
-    def _smaller(self, use: Use, held: set[int]) -> tuple[Use, int]:
+    def _smaller(self, use: Use, held: set[int | None]) -> tuple[Use, int]:
         """Per-sample gradients where they take less than what they are made of, storages that are held not counted; and bytes."""
         size = 8 if use.operands[-1].dtype == torch.float64 else 4
         use = use.compact(min(_bytes(use, held), self._max_memory or 0) // size - use.held)
@@ -406,11 +406,6 @@ def _rounded_down(
     return found
 
 
-def _address(tensor: Tensor) -> int:
-    """Of a tensor's memory, which tells apart what is alive at one time; -1 for one that is not dense."""
-    return tensor.untyped_storage().data_ptr() if tensor.layout is torch.strided else -1
-
-
-def _bytes(use: Use, held: set[int]) -> int:
+def _bytes(use: Use, held: set[int | None]) -> int:
     """What a use keeps alive that nothing else does."""
-    return sum(tensor.numel() * tensor.itemsize for tensor in use.operands if _address(tensor) not in held)
+    return sum(tensor.numel() * tensor.itemsize for tensor in use.operands if address_of(tensor) not in held)

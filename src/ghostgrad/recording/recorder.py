@@ -7,15 +7,14 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from enum import Enum, auto
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.autograd import Variable
 
-from ghostgrad.distributed import Shards, TensorParallel, Unit
+from ghostgrad.distributed import Shards, TensorParallel
 from ghostgrad.errors import PrivacyError, UnsupportedModuleError
-from ghostgrad.gradients import Use
 from ghostgrad.layers import Call, Rows, Rule
 from ghostgrad.recording import proofs
 from ghostgrad.recording.backward_proof import check_backward
@@ -29,9 +28,9 @@ from ghostgrad.recording.refusals import check_batch_norms, check_same_records
 from ghostgrad.recording.rehearsal import Rehearsal
 from ghostgrad.recording.rows import count_records, no_rows, one_row, rows_of
 from ghostgrad.recording.sharded import Sharded
+from ghostgrad.recording.sink import Sink
 from ghostgrad.recording.sliced import Sliced
 from ghostgrad.recording.tape import Delivery, Recording, Tape
-from ghostgrad.recording.weighing import Footprint
 from ghostgrad.sampling import Padding
 from ghostgrad.tree import flatten, map_tensors, tensors
 
@@ -43,62 +42,6 @@ class Phase(Enum):
     ISOLATION = auto()
     MEASURE = auto()
     SUM = auto()
-
-
-class Sink(Protocol):
-    """What the recorder needs of a clipper."""
-
-    @property
-    def passes_twice(self) -> bool:
-        """Whether a second backward has to follow the one that was settled."""
-
-    @property
-    def postponed(self) -> Sequence[nn.Parameter]:
-        """The weights that it is for."""
-
-    def wants(self, parameter: nn.Parameter) -> bool:
-        """Whether the second backward is for this weight."""
-
-    def admit(self, tapes: Sequence[Tape]) -> None:
-        """Refuse records that must not be added to this step; called before any sum is touched."""
-
-    def note_pass(self) -> None:
-        """A gradient went through the graph that is not recorded (`torch.autograd.grad` of the inputs)."""
-
-    def weigh(self, weighed: Callable[[], Footprint | None]) -> None:
-        """Where it matters, ask what the graph holds of a record, and what would be kept in its place."""
-
-    def begin(self, n: int, *, packed: bool) -> bool:
-        """A backward of n records begins; returns whether its graph has to stay for a second one.
-
-        ``packed`` says that it does not hold all of the layers' inputs as they are.
-        """
-
-    def measure(
-        self, parameter: nn.Parameter, use: Use, *, complete: bool, held: Callable[[], Sequence[Tensor]]
-    ) -> tuple[str, str]:
-        """Take note of a use; the route of its norm, and what is kept.
-
-        ``complete`` says that no other use of the weight can follow, ``held`` what of it the graph keeps anyway.
-        """
-
-    def settle(self, n: int, unit: float) -> None:
-        """All uses are known: work out the factors, and the sums of what was kept.
-
-        A record's gradient is ``unit`` times what was measured. With no records, in step with ranks that have some.
-        """
-
-    def add(self, parameter: nn.Parameter, use: Use) -> None:
-        """Second pass: add a use, weighted by the factors."""
-
-    def hand_over(self, unit: Unit) -> None:
-        """Second pass: the backward has gone through a unit of split parameters, on all ranks."""
-
-    def commit(self, tapes: Sequence[Tape]) -> None:
-        """Add the sums of this backward to those of the step; refuse a second one that was not the first again."""
-
-    def reset(self) -> None:
-        """Forget the backward that is under way."""
 
 
 @dataclass(frozen=True)

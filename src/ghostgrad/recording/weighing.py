@@ -31,20 +31,25 @@ class Weighing:
     """
 
     def __init__(self, there: Iterable[Tensor]) -> None:
-        self._there = {_address(tensor) for tensor in there if _is_dense(tensor)}
-        self._saved: dict[int, Tensor] = {}
-        self._kept: dict[int, Tensor] = {}
+        self._there = {None, *map(address_of, there)}
+        self._saved: dict[int | None, Tensor] = {}
+        self._kept: dict[int | None, Tensor] = {}
 
     def pack(self, tensor: Tensor) -> Tensor:
         """Autograd saves this. What takes its place has no graph: with one, an output would hold itself for good."""
         tensor = tensor.detach()
-        if _is_dense(tensor) and _address(tensor) not in self._there:
-            self._saved[_address(tensor)] = tensor
+        self._count(tensor, self._saved)
         return tensor
 
     def keep(self, use: Use) -> None:
         """A use was met, and would be kept in its smallest form."""
-        self._kept.update({_address(tensor): tensor for tensor in use.compact(0).operands if _is_dense(tensor)})
+        for tensor in use.compact(0).operands:
+            self._count(tensor, self._kept)
+
+    def _count(self, tensor: Tensor, found: dict[int | None, Tensor]) -> None:
+        address = address_of(tensor)
+        if address not in self._there:
+            found[address] = tensor
 
     def of_a_record(self, n: int) -> Footprint:
         """What was counted, for each of ``n`` records."""
@@ -52,12 +57,9 @@ class Weighing:
         return Footprint(held / n, kept / n)
 
 
-def _is_dense(tensor: Tensor) -> bool:
-    return tensor.layout is torch.strided
-
-
-def _address(tensor: Tensor) -> int:
-    return tensor.untyped_storage().data_ptr()
+def address_of(tensor: Tensor) -> int | None:
+    """Of a tensor's memory, which tells apart what is alive at one time; None for one that is not dense."""
+    return tensor.untyped_storage().data_ptr() if tensor.layout is torch.strided else None
 
 
 def _bytes(tensor: Tensor) -> int:
