@@ -25,8 +25,8 @@ _private_loader = setup.private_loader
 def noise_scaled(factor: float) -> AbstractContextManager[Any]:
     """``factor * sigma * C`` is added where sigma C is accounted."""
 
-    def add(self: KeyedGaussian, requests: Sequence[Any], *, std: float, step: int) -> None:
-        _add(self, requests, std=factor * std, step=step)
+    def add(self: KeyedGaussian, parts: Sequence[Any], *, std: float, step: int, index: int) -> None:
+        _add(self, parts, std=factor * std, step=step, index=index)
 
     return patch.object(KeyedGaussian, "_add", add)
 
@@ -34,9 +34,8 @@ def noise_scaled(factor: float) -> AbstractContextManager[Any]:
 def noise_missing_on_the_last_parameter() -> AbstractContextManager[Any]:
     """All parameters but the last get their noise."""
 
-    def add_all(self: KeyedGaussian, slices: Sequence[tuple[int, Tensor, int]], *, std: float, step: int) -> None:
-        last = max(index for index, *_ in slices)
-        _add(self, [piece for piece in slices if piece[0] != last], std=std, step=step)
+    def add_all(self: KeyedGaussian, parts: Sequence[tuple[int, Tensor]], *, std: float, step: int) -> None:
+        _add(self, parts[:-1], std=std, step=step, index=0)
 
     return patch.object(KeyedGaussian, "add_all_", add_all)
 
@@ -80,9 +79,9 @@ def batches_not_drawn() -> Iterator[None]:
 def noise_comes_again() -> AbstractContextManager[Any]:
     """The noise of a step is a function of the step alone: a resumed training draws the same."""
 
-    def streams(self: KeyedGaussian, step: int, index: int) -> Any:
+    def streams(self: KeyedGaussian, step: int, index: int, dtype: torch.dtype) -> Any:
         same = KeyedGaussian(RunKey.from_seed(0))
-        return _streams(same, step, index)
+        return _streams(same, step, index, dtype)
 
     return patch.object(KeyedGaussian, "_streams", streams)
 

@@ -1,6 +1,6 @@
 """The run key: every random draw of a private training is a pure function of it and of the draw's own address.
 
-A draw is addressed by a purpose and counters (``"noise", step, parameter``), never by how many draws came before it. So a
+A draw is addressed by a purpose and counters (``"noise", step, vector``), never by how many draws came before it. So a
 resumed run does not repeat a noise vector, the clippers see the same batches, and draws can be made in any order.
 """
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -21,10 +22,10 @@ from ghostgrad.schedulers import Schedule, value_at
 from ghostgrad.spending import Budget, Spending
 from ghostgrad.spent import Spent
 
-_OWN_RELEASE = 1 << 30
-"""The noise address of what the clip function releases; parameters are counted from 0."""
+_OWN_RELEASE = 1
+"""The noise address of what the clip function releases; the gradient has 0."""
 
-_COUNTS = _OWN_RELEASE + 1
+_COUNTS = 2
 """The noise address of the counts of a measurement."""
 
 
@@ -322,20 +323,24 @@ class DPOptimizer(Optimizer):
     def _write_gradients(self, noise_multiplier: float, size: float) -> None:
         std = self.clip_function.effective_noise_multiplier(noise_multiplier) * self.clip_function.sensitivity
         divisor = size if self.loss_reduction == "mean" else 1.0
-        numbered = [(i, p) for i, p in enumerate(p for group in self.param_groups for p in group["params"])]
-        sums = {index: self.total.take(p) for index, p in numbered if p.requires_grad}
+        everything = [p for group in self.param_groups for p in group["params"]]
+        # Frozen ones keep their place, so that ranks and resumed runs need not agree on when one was frozen.
+        places = accumulate((p.numel() for p in everything), initial=0)
+        trained = [(place, p) for place, p in zip(places, everything, strict=False) if p.requires_grad]
+        sums = [self.total.take(p) for _, p in trained]
         # Of a parameter that is split over the ranks, each has its part of the sum of all, and draws the noise of that part.
-        self.topology.add_up([sums[index] for index, p in numbered if p.requires_grad and not is_split(p)])
-        slices = [
-            (index, run, offset) for index, p in numbered if p.requires_grad for offset, run in runs(p, sums[index])
+        self.topology.add_up([part for part, (_, p) in zip(sums, trained, strict=True) if not is_split(p)])
+        parts = [
+            (place + offset, run)
+            for part, (place, p) in zip(sums, trained, strict=True)
+            for offset, run in runs(p, part)
         ]
-        self.noise.add_all_(slices, std=std, step=self.noise_step)
+        self.noise.add_all_(parts, std=std, step=self.noise_step)
         if sums:
-            torch._foreach_div_(list(sums.values()), divisor)
-        for index, p in numbered:
-            if p.requires_grad:
-                p.grad = like(p, _towards_zero(sums.pop(index), p.dtype))
-                self._written[p] = p.grad
+            torch._foreach_div_(sums, divisor)
+        for _, p in trained:
+            p.grad = like(p, _towards_zero(sums.pop(0), p.dtype))
+            self._written[p] = p.grad
 
     def _update_clip_function(self, noise_multiplier: float, size: float, statistic: float) -> None:
         def noise() -> float:

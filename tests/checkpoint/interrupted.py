@@ -175,11 +175,11 @@ def note_releases(file: Path) -> None:
     """From now on, write down each noise vector's address and the sums that it is added to."""
     add_all = KeyedGaussian.add_all_
 
-    def noted(self: Any, slices: Any, *, std: float, step: int) -> None:
-        line = f"{self._key.mark} {self._course.hex()} {step} {digest(part for _, part, _ in slices)}\n"
+    def noted(self: Any, parts: Any, *, std: float, step: int) -> None:
+        line = f"{self._key.mark} {self._course.hex()} {step} {digest(part for _, part in parts)}\n"
         with open(file, "a") as notes:
             notes.write(line)
-        add_all(self, slices, std=std, step=step)
+        add_all(self, parts, std=std, step=step)
 
     KeyedGaussian.add_all_ = noted  # type: ignore[method-assign] - in a process of its own
 

@@ -95,9 +95,9 @@ def noise(layout: str, dtype: torch.dtype, secure: bool) -> tuple[list[torch.Ten
     drawn: list[int] = []
     original = optimizer.noise.add_all_
 
-    def counting(slices: Any, **options: Any) -> None:
-        drawn.append(sum(tensor.numel() for _, tensor, _ in slices))
-        original(slices, **options)
+    def counting(parts: Any, **options: Any) -> None:
+        drawn.append(sum(tensor.numel() for _, tensor in parts))
+        original(parts, **options)
 
     optimizer.noise.add_all_ = counting
     found = []

@@ -66,9 +66,9 @@ def test_no_noise_is_drawn_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     drawn: list[tuple[bytes, int, int]] = []
     add_all = KeyedGaussian.add_all_
 
-    def noted(self: Any, slices: Any, *, std: float, step: int) -> Any:
-        drawn.extend((self._key.secret, step, index) for index, _, _ in slices)
-        return add_all(self, slices, std=std, step=step)
+    def noted(self: Any, parts: Any, *, std: float, step: int) -> Any:
+        drawn.extend((self._key.secret, step, place) for place, _ in parts)
+        return add_all(self, parts, std=std, step=step)
 
     monkeypatch.setattr(KeyedGaussian, "add_all_", noted)
     plan = PrivacyPlan(target_delta=1e-3, noise_multiplier=1.0, seed=1)

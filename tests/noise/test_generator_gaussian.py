@@ -57,11 +57,10 @@ def test_other_sources_are_refused() -> None:
 
 
 def test_many_parameters_at_once_are_drawn_in_their_order() -> None:
-    together = {3: torch.zeros(5), 1: torch.zeros(2, 2)}
-    slices = [(index, tensor, 0) for index, tensor in together.items()]
-    GeneratorGaussian(torch.Generator().manual_seed(0)).add_all_(slices, std=2.0, step=0)
+    together = [(4, torch.zeros(5)), (0, torch.zeros(2, 2))]
+    GeneratorGaussian(torch.Generator().manual_seed(0)).add_all_(together, std=2.0, step=0)
     again = GeneratorGaussian(torch.Generator().manual_seed(0))
-    for tensor in together.values():
+    for _, tensor in together:
         alone = torch.zeros_like(tensor)
         again.add_(alone, std=2.0, step=0, index=0)
         assert torch.equal(tensor, alone)

@@ -47,15 +47,15 @@ class _Step:
 class _WithCanaries:
     """The optimizer's noise, which sees the clipped sums first."""
 
-    def __init__(self, inner: NoiseMechanism, add: Callable[[Mapping[int, Tensor]], None]) -> None:
+    def __init__(self, inner: NoiseMechanism, add: Callable[[Sequence[Tensor]], None]) -> None:
         self.inner, self._add, self.name = inner, add, inner.name
 
     def add_(self, tensor: Tensor, *, std: float, step: int, index: int, offset: int = 0) -> None:
         self.inner.add_(tensor, std=std, step=step, index=index, offset=offset)
 
-    def add_all_(self, slices: Sequence[tuple[int, Tensor, int]], *, std: float, step: int) -> None:
-        self._add({index: whole for index, whole, _ in slices})  # in one process no parameter is cut
-        self.inner.add_all_(slices, std=std, step=step)
+    def add_all_(self, parts: Sequence[tuple[int, Tensor]], *, std: float, step: int) -> None:
+        self._add([whole for _, whole in parts])  # in one process no parameter is cut
+        self.inner.add_all_(parts, std=std, step=step)
 
     def follow(self, facts: str) -> None:
         self.inner.follow(facts)
@@ -142,10 +142,15 @@ class GradientCanaries:
 
     # ------------------------------------------------------------------ a step
 
-    def _add(self, sums: Mapping[int, Tensor]) -> None:
+    @property
+    def _parameters(self) -> list[Tensor]:
+        return [p for group in self._optimizer.param_groups for p in group["params"]]
+
+    def _add(self, sums: Sequence[Tensor]) -> None:
         optimizer, canaries = self._optimizer, {}
         size = optimizer.clip_function.sensitivity
-        for index, total in sums.items():
+        trained = [index for index, p in enumerate(self._parameters) if p.requires_grad]
+        for index, total in zip(trained, sums, strict=True):
             direction = self._direction(index, total)
             canary = _Canary(bool(self._coins.random() < 0.5), direction, _along(total, direction))
             if canary.coin:
@@ -168,7 +173,7 @@ class GradientCanaries:
         step, self._step = self._step, None
         if step is None:
             return
-        held = [p for group in self._optimizer.param_groups for p in group["params"]]
+        held = self._parameters
         for index, canary in step.canaries.items():
             grad = held[index].grad
             if grad is None:

@@ -30,58 +30,62 @@ class _Precision:
 _PRECISIONS = {torch.float32: _Precision("<i4", 2.0**31), torch.float64: _Precision("<i8", 2.0**63)}
 
 
-@dataclass(frozen=True)
-class Draw:
-    """A part of one endless Gaussian vector: what is added to ``target``.
-
-    Attributes:
-        streams: one, or several whose Gaussians are added and divided by the square root of their number.
-        target: flat, contiguous, on the CPU.
-        start: position of its first element in the vector.
-    """
-
-    streams: Sequence[Keystream]
-    target: Tensor
-    start: int = 0
-
-
-@dataclass(frozen=True)
+@dataclass
 class _Piece:
-    """So many pages of a draw, and which of their values are added to what."""
+    """Targets that follow one another in the vector and fit into the scratch together."""
 
-    streams: Sequence[Keystream]
-    first_page: int
-    pages: int
-    left: int
-    target: Tensor
+    start: int
+    end: int
+    targets: list[Tensor]
 
 
-def add_gaussians(draws: Iterable[Draw], *, std: float, dtype: torch.dtype) -> None:
-    """Add Gaussians of ``std`` to the targets of ``draws``, all of one dtype and with as many streams.
+def add_gaussians(
+    streams: Sequence[Keystream], parts: Iterable[tuple[int, Tensor]], *, std: float, dtype: torch.dtype
+) -> None:
+    """Add parts of one endless vector of Gaussians of ``std``.
 
-    Small draws share the scratch memory: one call of the transform serves many of them.
+    Parts that follow one another are drawn as one, and several share the scratch: a call of the transform serves many of them.
+
+    Args:
+        streams: one, or several whose Gaussians are added and divided by the square root of their number.
+        parts: where in the vector a target begins, and the target: flat, contiguous, on the CPU, of ``dtype``.
     """
     scratch = _Scratch(dtype)
     waiting: list[_Piece] = []
     pages = 0
-    for piece in (piece for draw in draws for piece in _pieces(draw, dtype)):
-        if pages + piece.pages > _SCRATCH_PAGES:
-            scratch.add(waiting, std)
+    for piece in _pieces(parts, scratch.per_page):
+        more = len(scratch.pages_of(piece))
+        if pages + more > _SCRATCH_PAGES:
+            scratch.add(streams, waiting, std)
             waiting, pages = [], 0
         waiting.append(piece)
-        pages += piece.pages
+        pages += more
     if waiting:
-        scratch.add(waiting, std)
+        scratch.add(streams, waiting, std)
 
 
-def _pieces(draw: Draw, dtype: torch.dtype) -> Iterator[_Piece]:
-    per_page = PAGE_BYTES // dtype.itemsize
-    end = draw.start + draw.target.numel()
-    for first in range(draw.start // per_page, -(-end // per_page), _SCRATCH_PAGES):
-        last = min(first + _SCRATCH_PAGES, -(-end // per_page))
-        left, right = max(draw.start, first * per_page), min(end, last * per_page)
-        target = draw.target[left - draw.start : right - draw.start]
-        yield _Piece(draw.streams, first, last - first, left - first * per_page, target)
+def _pieces(parts: Iterable[tuple[int, Tensor]], per_page: int) -> Iterator[_Piece]:
+    longest = _SCRATCH_PAGES * per_page
+    piece = None
+    for start, target in _cut(parts, longest):
+        if piece is None or start != piece.end or start % longest == 0:
+            if piece is not None:
+                yield piece
+            piece = _Piece(start, start, [])
+        piece.targets.append(target)
+        piece.end += target.numel()
+    if piece is not None:
+        yield piece
+
+
+def _cut(parts: Iterable[tuple[int, Tensor]], longest: int) -> Iterator[tuple[int, Tensor]]:
+    """The parts, cut where the vector's blocks of the ``longest`` piece begin."""
+    for start, target in parts:
+        size, done = target.numel(), 0
+        while done < size:
+            now = min(size - done, longest - (start + done) % longest)
+            yield start + done, target if now == size else target[done : done + now]
+            done += now
 
 
 class _Scratch:
@@ -92,7 +96,8 @@ class _Scratch:
     """
 
     def __init__(self, dtype: torch.dtype) -> None:
-        pages, half = _SCRATCH_PAGES, PAGE_BYTES // dtype.itemsize // 2
+        self.per_page = PAGE_BYTES // dtype.itemsize
+        pages, half = _SCRATCH_PAGES, self.per_page // 2
         self._precision = _PRECISIONS[dtype]
         floats = torch.empty(0, dtype=dtype).numpy().dtype
         self._raw = np.empty(pages * PAGE_BYTES + SLACK_BYTES, dtype=np.uint8)
@@ -100,27 +105,31 @@ class _Scratch:
         self._radius, self._angle, self._turned = (np.empty((pages, half), floats) for _ in range(3))
         self._values = np.empty((pages, 2, half), floats)
 
-    def add(self, pieces: Sequence[_Piece], std: float) -> None:
-        """Draw the pieces, which fit into the scratch, and add each to its target."""
-        values = self._sum_of_streams(pieces, std).view(-1)
+    def pages_of(self, piece: _Piece) -> range:
+        """The pages of the vector that a piece lies in."""
+        return range(piece.start // self.per_page, -(-piece.end // self.per_page))
+
+    def add(self, streams: Sequence[Keystream], pieces: Sequence[_Piece], std: float) -> None:
+        """Draw the pieces, which fit into the scratch, and add each to its targets."""
+        values = self._sum_of_streams(streams, pieces, std).view(-1)
         at = 0
         for piece in pieces:
-            start = at * PAGE_BYTES // values.element_size() + piece.left
-            piece.target.add_(values[start : start + piece.target.numel()])
-            at += piece.pages
+            pages = self.pages_of(piece)
+            left = at * self.per_page + piece.start - pages.start * self.per_page
+            drawn = values[left : left + piece.end - piece.start]
+            torch._foreach_add_(piece.targets, torch.split(drawn, [target.numel() for target in piece.targets]))
+            at += len(pages)
 
-    def _sum_of_streams(self, pieces: Sequence[_Piece], std: float) -> Tensor:
-        terms = len(pieces[0].streams)
-        pages = sum(piece.pages for piece in pieces)
+    def _sum_of_streams(self, streams: Sequence[Keystream], pieces: Sequence[_Piece], std: float) -> Tensor:
         total: Tensor | None = None
-        for lane in range(terms):
+        for stream in streams:
             at = 0
-            for piece in pieces:
-                stop = (at + piece.pages) * PAGE_BYTES + SLACK_BYTES
-                piece.streams[lane].fill(self._raw[at * PAGE_BYTES : stop], piece.first_page)
-                at += piece.pages
-            values = self._transform(pages, std / terms**0.5)
-            if terms > 1:
+            for pages in map(self.pages_of, pieces):
+                stop = (at + len(pages)) * PAGE_BYTES + SLACK_BYTES
+                stream.fill(self._raw[at * PAGE_BYTES : stop], pages.start)
+                at += len(pages)
+            values = self._transform(at, std / len(streams) ** 0.5)
+            if len(streams) > 1:
                 total = values.clone() if total is None else total.add_(values)
         return values if total is None else total
 

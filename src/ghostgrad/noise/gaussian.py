@@ -1,4 +1,4 @@
-"""Gaussian noise addressed by (run key, step, parameter, element)."""
+"""Gaussian noise addressed by (run key, step, vector, element)."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ghostgrad.keys import RunKey
 from ghostgrad.keystream import Keystream, keystream_type
-from ghostgrad.noise._box_muller import Draw, add_gaussians
+from ghostgrad.noise._box_muller import add_gaussians
 from ghostgrad.noise.mechanism import check_request
 
 _SECURE_TERMS = 4
@@ -20,9 +20,10 @@ _SECURE_TERMS = 4
 class KeyedGaussian:
     """Independent ``N(0, std^2)`` values, each a pure function of the run key and of its own address.
 
-    The value for element ``offset + j`` of parameter ``index`` in step ``step`` does not depend on what was drawn
-    before, on how the parameter was cut into slices, or on the number of threads; so a resumed run repeats no noise,
-    and ranks that each draw a share draw together what one process draws. Words come from AES-256 in counter mode
+    The value for element ``offset + j`` of vector ``index`` in step ``step`` does not depend on what was drawn
+    before, on how the vector was cut into slices, or on the number of threads; so a resumed run repeats no noise,
+    and ranks that each draw a share draw together what one process draws. Vector 0 is the gradient, all parameters one behind the
+    other. Values of float32 and float64 have nothing in common. Words come from AES-256 in counter mode
     where the package ``cryptography`` is installed, else from Philox4x64-10, and become Gaussians by Box and Muller
     (1958).
 
@@ -68,49 +69,50 @@ class KeyedGaussian:
                 values of addresses ``offset, offset + 1, ...``.
             std: standard deviation, in the units of ``tensor``; 0 adds nothing.
             step: number of the logical step.
-            index: number of the parameter.
-            offset: address of the first element, for a slice of a flat parameter. Default 0.
+            index: number of the vector.
+            offset: address of the first element, for a slice of a vector. Default 0.
 
         Raises:
             ConfigurationError: negative or non-finite ``std``, a negative address, another dtype.
         """
-        check_request(tensor, std=std, step=step, index=index, offset=offset)
-        self._add([(index, tensor, offset)], std=std, step=step)
+        self._add([(offset, tensor)], std=std, step=step, index=index)
 
-    def add_all_(self, slices: Sequence[tuple[int, Tensor, int]], *, std: float, step: int) -> None:
-        """Add noise to several parameters, or slices of them, in place: `add_` for each, in one go.
+    def add_all_(self, parts: Sequence[tuple[int, Tensor]], *, std: float, step: int) -> None:
+        """Add noise to parts of vector 0 in place: `add_` for each, in one go.
 
         Args:
-            slices: ``(index, tensor, offset)`` of each.
+            parts: ``(offset, tensor)`` of each.
             std, step: as in `add_`.
 
         Raises:
             ConfigurationError: as `add_`.
         """
-        for index, tensor, offset in slices:
-            check_request(tensor, std=std, step=step, index=index, offset=offset)
-        self._add(slices, std=std, step=step)
+        self._add(parts, std=std, step=step, index=0)
 
     @torch.no_grad()
-    def _add(self, requests: Sequence[tuple[int, Tensor, int]], *, std: float, step: int) -> None:
+    def _add(self, parts: Sequence[tuple[int, Tensor]], *, std: float, step: int, index: int) -> None:
+        check_request(parts, std=std, step=step, index=index)
         if std == 0:
             return
-        flats = [_flat(tensor) for _, tensor, _ in requests]
-        for dtype in {flat.dtype for flat in flats}:
-            draws = (
-                Draw(self._streams(step, index), flat, offset)
-                for (index, _, offset), flat in zip(requests, flats, strict=True)
-                if flat.dtype == dtype
-            )
-            add_gaussians(draws, std=std, dtype=dtype)
-        for (_, tensor, _), flat in zip(requests, flats, strict=True):
-            if not _in_place(tensor):
-                tensor.add_(flat.view(tensor.shape).to(tensor.device))
+        flats, apart = [], []
+        for offset, tensor in parts:
+            if tensor.is_contiguous() and tensor.is_cpu:
+                flats.append((offset, tensor.view(-1)))
+            else:
+                flats.append((offset, torch.zeros(tensor.numel(), dtype=tensor.dtype)))
+                apart.append((tensor, flats[-1][1]))
+        for dtype in {flat.dtype for _, flat in flats}:
+            here = [(offset, flat) for offset, flat in flats if flat.dtype == dtype]
+            add_gaussians(self._streams(step, index, dtype), here, std=std, dtype=dtype)
+        for tensor, noise in apart:
+            tensor.add_(noise.view(tensor.shape).to(tensor.device))
 
-    def _streams(self, step: int, index: int) -> list[Keystream]:
-        lanes = [()] if self._terms == 1 else [(lane,) for lane in range(self._terms)]
+    def _streams(self, step: int, index: int, dtype: torch.dtype) -> list[Keystream]:
+        """Those whose Gaussians are added. A page holds other addresses for each dtype, so each has streams of its own."""
         course = (int.from_bytes(self._course, "big"),) if self._course else ()
-        return [self._stream_type(self._key.derive("noise", *course, step, index, *lane)) for lane in lanes]
+        lanes = [()] if self._terms == 1 else [(lane,) for lane in range(self._terms)]
+        address = (*course, step, index, dtype.itemsize)
+        return [self._stream_type(self._key.derive("noise", *address, *lane)) for lane in lanes]
 
     def follow(self, facts: str) -> None:
         """Make all later noise a function of these public facts too, and of those before them.
@@ -131,13 +133,3 @@ class KeyedGaussian:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from what `state_dict` returned."""
         self._course = bytes.fromhex(state["course"])
-
-
-def _in_place(tensor: Tensor) -> bool:
-    """Whether noise can be added where the tensor is."""
-    return tensor.is_contiguous() and tensor.device.type == "cpu"
-
-
-def _flat(tensor: Tensor) -> Tensor:
-    """What the noise of a tensor is added to."""
-    return tensor.view(-1) if _in_place(tensor) else torch.zeros(tensor.numel(), dtype=tensor.dtype)

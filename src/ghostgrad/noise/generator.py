@@ -49,23 +49,27 @@ class GeneratorGaussian:
         Raises:
             ConfigurationError: negative or non-finite ``std``, another dtype, or ``offset`` other than 0.
         """
-        check_request(tensor, std=std, step=step, index=index, offset=offset)
+        check_request([(offset, tensor)], std=std, step=step, index=index)
         if offset:
             raise ConfigurationError(
                 f"offset={offset}: a torch generator draws in order and cannot draw one slice of a parameter alone; "
                 "leave noise_generator out (noise is then keyed) where a parameter is drawn in shares."
             )
+        self._add(tensor, std)
+
+    def add_all_(self, parts: Sequence[tuple[int, torch.Tensor]], *, std: float, step: int) -> None:
+        """The same for the tensors of ``(offset, tensor)``, in their order, wherever they are."""
+        check_request(parts, std=std, step=step)
+        for _, tensor in parts:
+            self._add(tensor, std)
+
+    @torch.no_grad()
+    def _add(self, tensor: torch.Tensor, std: float) -> None:
         if std == 0:
             return
         device = self._generator.device
         noise = torch.randn(tensor.shape, generator=self._generator, device=device, dtype=tensor.dtype)
-        with torch.no_grad():
-            tensor.add_(noise.to(tensor.device), alpha=std)
-
-    def add_all_(self, slices: Sequence[tuple[int, torch.Tensor, int]], *, std: float, step: int) -> None:
-        """`add_` for each ``(index, tensor, offset)``, in their order."""
-        for index, tensor, offset in slices:
-            self.add_(tensor, std=std, step=step, index=index, offset=offset)
+        tensor.add_(noise.to(tensor.device), alpha=std)
 
     def follow(self, facts: str) -> None:
         """Nothing: what is drawn depends on the draws before alone."""
