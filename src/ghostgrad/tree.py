@@ -38,11 +38,23 @@ def map_numbers(function: Callable[[list[Any]], Any], tree: Any, n: int) -> Any:
 
 
 def _map(function: Callable[[Any], Any], chosen: Callable[[Any], bool], tree: Any) -> Any:
-    def go_on(node: Any) -> Any:
-        return _map(function, chosen, node)
-
     if chosen(tree):
         return function(tree)
+    kind = type(tree)
+    if kind in _LEAVES:
+        return tree
+    # What arguments mostly are comes first: this runs several times in every call of a layer.
+    if kind is tuple:
+        return tuple([_map(function, chosen, item) for item in tree])
+    if kind is dict:
+        return {key: _map(function, chosen, value) for key, value in tree.items()}
+    return _map_others(lambda node: _map(function, chosen, node), tree)
+
+
+_LEAVES = {type(None), bool, int, float, str}
+
+
+def _map_others(go_on: Callable[[Any], Any], tree: Any) -> Any:
     if isinstance(tree, tuple):
         items = [go_on(item) for item in tree]
         return type(tree)(*items) if hasattr(tree, "_fields") else type(tree)(items)
@@ -74,6 +86,8 @@ def _map_dataclass(go_on: Callable[[Any], Any], tree: Any) -> Any:
 
 def tensors(tree: Any) -> list[Tensor]:
     """Every tensor in ``tree``, in the order `map_tensors` visits them."""
+    if isinstance(tree, Tensor):
+        return [tree]
     found: list[Tensor] = []
 
     def note(tensor: Tensor) -> Tensor:

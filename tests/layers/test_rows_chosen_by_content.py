@@ -97,6 +97,6 @@ def test_what_grows_by_itself_is_told_from_what_grows_with_the_batch() -> None:
         known, observed = Known(), Observed()
         observed.note("layer", 4, [torch.ones(large, 2)], [torch.ones(large, 2)])
         observed.teach(known, "layer", 3, [torch.ones(small, 2)], [torch.ones(small, 2)])
-        found[name] = (bool(known.by_content), known.is_settled("layer", [torch.ones(9, 2)], [torch.ones(9, 2)]))
-        assert not known.is_settled("another", [torch.ones(9, 2)], [torch.ones(9, 2)])
+        found[name] = (bool(known.by_content), known.of("layer", [torch.ones(9, 2)], [torch.ones(9, 2)])[1])
+        assert not known.of("another", [torch.ones(9, 2)], [torch.ones(9, 2)])[1]
     assert found == {"with": (False, True), "by itself": (True, False), "not": (False, True)}

@@ -17,7 +17,7 @@ from ghostgrad.clipping.measurement import Seen
 from ghostgrad.distributed import Shards, TensorParallel, Unit
 from ghostgrad.errors import ConfigurationError, PrivacyError
 from ghostgrad.free_memory import free_memory
-from ghostgrad.gradients import Explicit, Use, join
+from ghostgrad.gradients import Explicit, Use, all_sq_norms, all_weighted_sums, join
 from ghostgrad.recording import Footprint, Tape, address_of
 
 _ROOM = 1 << 24
@@ -168,7 +168,7 @@ class Clipper:
             complete: whether no other use of the weight can follow.
             held: tells the tensors that the graph holds anyway.
         """
-        if parameter in self._sq_norms:
+        if self._sq_norms and parameter in self._sq_norms:
             raise PrivacyError(
                 "a weight was used again after its norm had been taken (a module re-run by re-entrant checkpointing). Use "
                 "grad_sample_mode='bk' without max_memory, or checkpointing with use_reentrant=False."
@@ -180,17 +180,11 @@ class Clipper:
             use = Explicit(use.grad_samples())
         elif self._left == math.inf:
             use = self._cheaper(use)
-        else:
-            use, more = self._smaller(use, {address_of(tensor) for tensor in held()})
-            self._bytes[parameter] += more
-            self._left -= more
-        self._awaited[parameter] += 1
         self._uses.setdefault(parameter, []).append(use)
-        if complete:
-            self._complete[parameter] = None
-        self._keep_within_limit()
-        if parameter in self._postponed:
-            return route, "norms"
+        if self._left < math.inf:
+            self._limit(parameter, complete, {address_of(tensor) for tensor in held()})
+            if parameter in self._postponed:
+                return route, "norms"
         kept = "per-sample gradients" if isinstance(use, Explicit) else "inputs and output gradients"
         return route, f"{kept} (p.grad_sample)" if self._shows else kept
 
@@ -212,8 +206,21 @@ class Clipper:
 
     def _cheaper(self, use: Use) -> Use:
         small = use.compact(self._room)
-        self._room -= max(0, small.held - use.held)
+        if small is not use:
+            self._room -= max(0, small.held - use.held)
         return small
+
+    def _limit(self, parameter: nn.Parameter, complete: bool, held: set[int | None]) -> None:
+        """Take what the weight's last use keeps off what may be kept, and let others go where that is too much."""
+        uses = self._uses[parameter]
+        if not self._shows:
+            uses[-1], more = self._smaller(uses[-1], held)
+            self._bytes[parameter] += more
+            self._left -= more
+        self._awaited[parameter] += 1
+        if complete:
+            self._complete[parameter] = None
+        self._keep_within_limit()
 
     def _smaller(self, use: Use, held: set[int | None]) -> tuple[Use, int]:
         """Per-sample gradients where they take less than what they are made of, storages that are held not counted; and bytes."""
@@ -250,6 +257,7 @@ class Clipper:
         What was kept is added up before a second backward runs, which might change it in place.
         """
         joined = self._find_factors(n, unit) if n else {}
+        self._show(joined)
         if not self._in_step:
             self._sum_up(joined)
 
@@ -257,8 +265,7 @@ class Clipper:
         self._unit = unit
         joined = {parameter: join(uses) for parameter, uses in self._uses.items()}
         self._uses.clear()
-        for parameter, use in joined.items():
-            self._sq_norms[parameter] = use.sq_norms()
+        self._sq_norms.update(all_sq_norms(joined))
         parameters = self.total.parameters()
         self._check_known(parameters)
         self.function.check(len(parameters))
@@ -279,15 +286,9 @@ class Clipper:
     def _sum_up(self, kept: dict[nn.Parameter, Use]) -> None:
         """Add up what was kept; of split weights a unit at a time, records or none, as all ranks do."""
         for unit in () if self._shards is None else self._shards.units:
-            self._add_kept(kept, [p for p in unit.trainable if p in kept])
+            self._add({p: kept.pop(p) for p in unit.trainable if p in kept}, self._factors)
             self.hand_over(unit)
-        self._add_kept(kept, list(kept))
-
-    def _add_kept(self, kept: dict[nn.Parameter, Use], parameters: Sequence[nn.Parameter]) -> None:
-        for parameter in parameters:
-            use = kept.pop(parameter)
-            self._show(parameter, use)
-            self._add(parameter, use, self._factors[parameter])
+        self._add(kept, self._factors)
 
     def _check_known(self, parameters: Sequence[nn.Parameter]) -> None:
         known = set(parameters)
@@ -314,8 +315,8 @@ class Clipper:
                 f"Take a larger bound or scale, or float64 parameters."
             )
 
-    def _show(self, parameter: nn.Parameter, use: Use) -> None:
-        if self._shows:
+    def _show(self, uses: Mapping[nn.Parameter, Use]) -> None:
+        for parameter, use in uses.items() if self._shows else ():
             grads = use.grad_samples() if self._unit == 1 else use.grad_samples() * self._unit
             parameter.grad_sample = grads.to(parameter.dtype)  # type: ignore[attr-defined]
 
@@ -336,7 +337,8 @@ class Clipper:
         self._gaps.append((again - first).abs().to("cpu", torch.float64))
         kinds = [parameter.dtype, *(tensor.dtype for tensor in use.operands if tensor.is_floating_point())]
         self._tolerance = max(self._tolerance, *(_TOLERANCE.get(kind, _HALF) for kind in kinds))
-        self._add(parameter, use, torch.where(again > first, factors * (first / again).sqrt(), factors))
+        factors = torch.where(again > first, factors * (first / again).sqrt(), factors)
+        self._add({parameter: use}, {parameter: factors})
 
     def _check_second(self) -> None:
         """Refuse a second backward that used weights more or less often than the first, or with other gradients."""
@@ -347,13 +349,13 @@ class Clipper:
             if not bool((alike if self._finite is None else alike | ~self._finite).all()):
                 raise PrivacyError(_DIFFER)
 
-    def _add(self, parameter: nn.Parameter, use: Use, factors: Tensor) -> None:
-        """Add a use, weighted; records that are not finite are replaced by zeros first."""
+    def _add(self, uses: dict[nn.Parameter, Use], factors: Mapping[nn.Parameter, Tensor]) -> None:
+        """Add uses, weighted, and let go of them; records that are not finite are replaced by zeros first."""
         if self._finite is not None:
-            use = use.keep_rows(self._finite.to(parameter.device))
-        part = use.weighted_sum(factors)
-        known = self._sums.get(parameter)
-        self._sums[parameter] = part if known is None else known.add_(part)
+            uses = {parameter: use.keep_rows(self._finite.to(parameter.device)) for parameter, use in uses.items()}
+        for parameter, part in all_weighted_sums(uses, factors):
+            known = self._sums.get(parameter)
+            self._sums[parameter] = part if known is None else known.add_(part)
 
     def hand_over(self, unit: Unit) -> None:
         """The unit's sums of this backward are complete on every rank: add them up, and keep this rank's part."""
@@ -391,7 +393,7 @@ def _rounded_down(
     They are in the precision of its gradients, lowered by more than norms and products can be rounded up. A record that is
     not clipped keeps its factor of exactly 1.
     """
-    rows: dict[tuple[torch.dtype, torch.device], Tensor] = {}
+    rows: dict[tuple[torch.dtype, torch.device], Sequence[Tensor]] = {}
     found = {}
     for i, parameter in enumerate(parameters):
         like = sq_norms.get(parameter)
@@ -401,7 +403,7 @@ def _rounded_down(
         if kind not in rows:
             margin = 1 - 16 * torch.finfo(like.dtype).eps
             lowered = torch.where(factors == 1, factors, factors * margin)
-            rows[kind] = lowered.T.contiguous().to(device=like.device, dtype=like.dtype) * unit
+            rows[kind] = (lowered.T.contiguous().to(device=like.device, dtype=like.dtype) * unit).unbind()
         found[parameter] = rows[kind][i]
     return found
 

@@ -9,10 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+_WHOLE = {Tensor, torch.nn.Parameter}
+
 
 def is_split(tensor: Tensor) -> bool:
     """Whether it lies on a mesh of ranks (a `DTensor`), of which each may hold a part only."""
-    return hasattr(tensor, "device_mesh")  # known by that, so that nothing of torch.distributed is imported for it
+    # Known by its mesh, so that nothing of torch.distributed is imported for it. A look at the type is much faster.
+    return type(tensor) not in _WHOLE and hasattr(tensor, "device_mesh")
 
 
 @torch.no_grad()

@@ -34,6 +34,18 @@ class Explicit(Use):
     def keep_rows(self, mask: Tensor) -> Explicit:
         return Explicit(rows_where(mask, self._grads))
 
+    @property
+    def kind(self) -> object:
+        return Explicit, self._grads.shape, self._grads.dtype, self._grads.device
+
+    @classmethod
+    def beside(cls, uses: Sequence[Explicit]) -> Explicit:
+        return cls(torch.cat([use._grads for use in uses]))
+
+    def weighted_sums(self, factors: Tensor) -> Tensor:
+        grads = self._grads.reshape(*factors.shape, self.shape.numel())
+        return (factors.to(grads.dtype).unsqueeze(1) @ grads).reshape(len(factors), *self.shape)
+
     @classmethod
     def concatenate(cls, uses: Sequence[Explicit]) -> Explicit:
         """Several uses of one weight as one: the gradients of a record add up."""

@@ -110,9 +110,26 @@ class Matmul(Use):
         """Keep per-sample gradients where there is room: the weighted sum then needs no matrix product of its own."""
         _, _, t, i = self.x.shape
         o = self.dy.shape[-1]
-        pays = t > 1 and cost.STORE * i * o < cost.gram(t, i, o)
+        if t == 1 or cost.STORE * i * o >= cost.gram(t, i, o):
+            return self
         fits = self.n * self.shape.numel() - self.held <= room
-        return Explicit(self.grad_samples()) if pays and fits else self
+        return Explicit(self.grad_samples()) if fits else self
+
+    @property
+    def kind(self) -> object:
+        x, dy = self.x, self.dy
+        return Matmul, x.shape, dy.shape, x.dtype, dy.dtype, x.device, self.shape
+
+    @classmethod
+    def beside(cls, uses: Sequence[Matmul]) -> Matmul:
+        return cls(torch.cat([use.x for use in uses]), torch.cat([use.dy for use in uses]), uses[0].shape)
+
+    def weighted_sums(self, factors: Tensor) -> Tensor:
+        x, dy = wide(self.x), wide(self.dy)
+        dy = dy * factors.to(x.dtype).reshape(-1, 1, 1, 1)
+        # [k n, g, t, .] -> [k, g, n t, .]: one matrix product for each weight, which sums over records and positions.
+        x, dy = (side.reshape(*factors.shape, *side.shape[1:]).transpose(1, 2).flatten(2, 3) for side in (x, dy))
+        return (dy.mT @ x).reshape(len(factors), *self.shape)
 
     @classmethod
     def concatenate(cls, uses: Sequence[Matmul]) -> Matmul:

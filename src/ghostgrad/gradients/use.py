@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -77,6 +78,20 @@ class Use(ABC):
             room: how many elements more than now it may keep alive; below 0 if it has to be so many fewer.
         """
         return self
+
+    @property
+    def kind(self) -> object:
+        """Equal for uses that `beside` can join; None where it cannot."""
+        return None
+
+    @classmethod
+    def beside(cls, uses: Sequence[Any]) -> Use:
+        """k uses of one kind, by the same records, as one use by k times as many: those of the first weight, then of the next."""
+        raise NotImplementedError
+
+    def weighted_sums(self, factors: Tensor) -> Tensor:
+        """Of uses that were joined so: `weighted_sum` of each with its own factors [k, n], [k, *p]."""
+        raise NotImplementedError
 
     @property
     def route(self) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -31,8 +31,7 @@ class Places:
     by_rank: Mapping[int, int | None] = field(default_factory=dict)
 
 
-@dataclass(frozen=True)
-class Rows:
+class Rows(NamedTuple):
     """Where the records are in a tensor of a call: what two batches have shown, or else what the sizes allow.
 
     A layer's rows are not the records: a batch folded into ``[n * fold, ...]`` has several rows of each.
@@ -90,7 +89,7 @@ class Rows:
                 f"batch, so its rows cannot be attributed to records. Give the layer inputs that lead with the batch "
                 f"(expand an input without a batch dimension to it)."
             )
-        return tensor.movedim(dim, 0)
+        return tensor.movedim(dim, 0) if dim else tensor
 
     def split(self, tensor: Tensor, *, least: int | None = None) -> Tensor:
         """``tensor`` as [n, fold, ...]: each record's rows by themselves; fold is 1 unless the batch was folded."""

@@ -11,13 +11,12 @@ from ghostgrad.layers.registry import Rule, add_rule
 
 def linear(call: Call) -> dict[str, Use]:
     """``y = x W^T + b`` with x [n, ..., i] and W [o, i]."""
-    dy = call.rows.split(call.grad_output)
+    n, dy = call.rows.n, call.rows.lead(call.grad_output)
+    dy = dy.reshape(n, 1, -1, dy.shape[-1])
     uses: dict[str, Use] = {}
     if "weight" in call.parameters:
-        weight = call.parameters["weight"]
-        x = call.rows.split(call.input)
-        n = call.rows.n
-        uses["weight"] = Matmul(x.reshape(n, 1, -1, x.shape[-1]), dy.reshape(n, 1, -1, dy.shape[-1]), weight.shape)
+        x = call.rows.lead(call.input)
+        uses["weight"] = Matmul(x.reshape(n, 1, -1, x.shape[-1]), dy, call.parameters["weight"].shape)
     if "bias" in call.parameters:
         uses["bias"] = Explicit(sum_to(dy, call.parameters["bias"].shape))
     return uses

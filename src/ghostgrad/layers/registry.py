@@ -57,8 +57,8 @@ class Rule:
         """Where the records are in the tensors of a module, given where they are in the model's."""
         least = self.least(module)
         if least is None:
-            return rows if rows.batch_first else replace(rows, batch_first=True)
-        return rows if rows.least == least else replace(rows, least=least)
+            return rows if rows.batch_first else rows._replace(batch_first=True)
+        return rows if rows.least == least else rows._replace(least=least)
 
     def uses(self, call: Call) -> Mapping[str, Use]:
         """The uses that a call made of the module's own parameters, by local name."""

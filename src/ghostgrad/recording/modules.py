@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +24,20 @@ from ghostgrad.tree import flatten, map_tensors, tensors
 
 Fired = Callable[[Tape, Rule, Call], None]
 """Answers a probe that fired."""
+
+
+class _Entered(NamedTuple):
+    """A call under way.
+
+    Attributes:
+        rule: what answers for it.
+        claimed: the trainable parameters it answers for, by name within the module, which are switched off.
+        began: the random state and the buffers before it, where the rule asks for them.
+    """
+
+    rule: Rule
+    claimed: Mapping[str, nn.Parameter]
+    began: tuple[Randomness, Buffers] | None
 
 
 class Modules:
@@ -51,7 +65,9 @@ class Modules:
         self.observing = False
         """Whether that larger batch is running now."""
         self._paused = False
-        self._open: list[tuple[list[nn.Parameter], tuple[Randomness, Buffers] | None]] = []
+        self._open: list[_Entered] = []
+        self._named: dict[str, nn.Parameter] = {}
+        """The root's parameters, as the forward under way found them."""
         self._watched: dict[str, list[Any]] = {}
 
     # ------------------------------------------------------------------ attaching
@@ -112,10 +128,11 @@ class Modules:
 
     def uses(self, rule: Rule, call: Call) -> Mapping[str, Use]:
         """What a call used; of weights that are cut into slices, this rank's slice."""
-        here: dict[str, Any] = {name: local(p) for name, p in call.parameters.items()}
-        cut = any(here[name] is not p for name, p in call.parameters.items())
+        if any(map(is_split, call.parameters.values())):
+            here: dict[str, Any] = {name: local(p) for name, p in call.parameters.items()}
+            call = replace(call, parameters=here)
         with self.paused(), self.whole(rule, call.module):
-            return rule.uses(replace(call, parameters=here) if cut else call)
+            return rule.uses(call)
 
     def whole(self, rule: Rule, module: nn.Module) -> AbstractContextManager[None]:
         """What all ranks enter where the rule runs the module again, though weights of its parts are split."""
@@ -126,67 +143,78 @@ class Modules:
     def take_gradients(self) -> dict[str, Tensor]:
         """What autograd left in ``p.grad``, by name of the parameter; it is None then. Of one that is split, this rank's part."""
         found = {} if self.shards is None else self.shards.take_gradients()
-        for name, p in self.root.named_parameters():
+        # Where weights are gathered and let go, modules do not hold the same ones all the time.
+        named = self._named if self.shards is None else dict(self.root.named_parameters())
+        for name, p in named.items():
             if p.grad is not None:
                 found[name] = local(p.grad)
                 p.grad = None
         return found
 
+    def note_parameters(self) -> Mapping[str, nn.Parameter]:
+        """Look what parameters the root has now, by name."""
+        self._named = dict(self.root.named_parameters())
+        return self._named
+
     # ------------------------------------------------------------------ a module's call
 
     def _enter(self, path: str, module: nn.Module) -> None:
         """Switch off the parameters the module answers for, so that autograd does not work out their gradients."""
-        claimed: list[nn.Parameter] = []
+        rule = self.plan.rule(path, module)
+        claimed: dict[str, nn.Parameter] = {}
         if not self._paused and self.tape is not None and self.tape.width:
             # One that is off already belongs to an enclosing call, which answers for it.
-            claimed = [p for p in self.plan.claims(path, module).values() if p.requires_grad]
-        draws = bool(claimed) and self.plan.rule(path, module).draws(module)
-        began = (Randomness.now(claimed[0].device), Buffers.now(module)) if draws else None
-        self._open.append((claimed, began))
-        for p in claimed:
+            claimed = {name: p for name, p in self.plan.claims(path, module, rule).items() if p.requires_grad}
+        began = None
+        if claimed and rule.draws(module):
+            began = Randomness.now(next(iter(claimed.values())).device), Buffers.now(module)
+        self._open.append(_Entered(rule, claimed, began))
+        for p in claimed.values():
             p.requires_grad_(False)
 
     def restore(self) -> None:
         """Switch on what an interrupted forward left off (an interrupt skips the hooks that an error does not)."""
         while self._open:
-            for p in self._open.pop()[0]:
+            for p in self._open.pop().claimed.values():
                 p.requires_grad_(True)
 
     def _leave(self, path: str, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
-        claimed, began = self._open.pop() if self._open else ([], None)
-        for p in claimed:
+        if not self._open:
+            return None
+        entered = self._open.pop()
+        for p in entered.claimed.values():
             p.requires_grad_(True)
         tape = self.tape
-        if not claimed or tape is None or output is None:
+        if not entered.claimed or tape is None or output is None:
             return None
-        randomness, buffers = (None, {}) if began is None else (began[0].until_now(), began[1].changed(module))
         if self.plan.layouts.get(path) is Layout.EXPANDED:
             args, kwargs, output = map_tensors(lambda t: with_batch(t, tape.width), (args, kwargs, output))
         outs = [leaf for leaf in tensors(output) if leaf.is_floating_point()]
         if not outs:
             return None
-        parameters = {
-            name: p for name, p in self.plan.claims(path, module).items() if any(p is claim for claim in claimed)
-        }
-        passed = iter(self._probe(tape, path, module, parameters, (args, kwargs), outs, (randomness, buffers)))
+        passed = iter(self._probe(tape, path, module, entered, (args, kwargs), outs))
         return map_tensors(lambda t: next(passed) if t.is_floating_point() else t, output)
 
     def _probe(
-        self, tape: Tape, path: str, module: nn.Module, parameters: Mapping[str, nn.Parameter], inputs: Any,
-        outs: list[Tensor], began: tuple[Randomness | None, Mapping[str, Tensor]],
-    ) -> Any:  # fmt: skip
-        rule = self._supported_rule(path, module)
+        self, tape: Tape, path: str, module: nn.Module, entered: _Entered, inputs: Any, outs: list[Tensor]
+    ) -> Any:
+        rule, parameters, began = entered
         shown = path or type(module).__name__
+        reason = rule.refuses(module)
+        if reason:
+            raise UnsupportedModuleError(f"{path}: {type(module).__name__}: {reason}.")
+        randomness, buffers = (None, {}) if began is None else (began[0].until_now(), began[1].changed(module))
         found, rebuild = flatten(inputs)
-        keep = tuple(tensor.detach() for tensor in found)
-        rows = self._rows(path, tape.width, shown, keep, outs)
-        signature = (path, *_places(rule.rows(module, rows), keep, outs))
+        keep = tuple([tensor.detach() for tensor in found])
+        rows, settled = self._rows(path, tape.width, shown, keep, outs)
+        rows = rule.rows(module, rows)
+        signature = (path, *_places(rows, keep, outs))
         copies = None
-        settled = self.observed is not None or self.plan.known.is_settled(path, keep, outs)
         if signature not in self.proved or not settled or rule.shuffled(inputs):
             tape.unproved.add(signature)
             copies = tuple(out.detach().clone() for out in outs)
-        if not rule.reads(parameters) and not any(is_split(p) for p in parameters.values()):
+        split = any(map(is_split, parameters.values()))
+        if not split and not rule.reads(parameters):
             keep = tuple(tensor.new_zeros(()).expand(tensor.shape) for tensor in keep)
         as_it_is = torch.is_grad_enabled() and not packs() and not tape.done
         if tape.done:
@@ -204,30 +232,28 @@ class Modules:
                     f"that a module kept, such as an auxiliary loss). Return that value from the root's forward."
                 )
             arrived: Sequence[Tensor] = kept()
-            if any(is_split(p) for p in parameters.values()):
+            if split:
                 arrived, grads = on_this_rank(shown, module, arrived, grads)
             args, kwargs = rebuild(arrived)
             call = Call(
-                module, shown, parameters, args, kwargs, tuple(grads), copies, rows, *began, precision, as_it_is
-            )
+                module, shown, parameters, args, kwargs, tuple(grads), copies, rows, randomness, buffers, precision,
+                as_it_is,
+            )  # fmt: skip
             self.fired(tape, rule, call)
 
         return Probe.apply(fired, keep, len(outs), *outs, *parameters.values())  # type: ignore[no-untyped-call]
 
-    def _rows(self, path: str, n: int, shown: str, inputs: Sequence[Tensor], outs: Sequence[Tensor]) -> Rows:
+    def _rows(
+        self, path: str, n: int, shown: str, inputs: Sequence[Tensor], outs: Sequence[Tensor]
+    ) -> tuple[Rows, bool]:
+        """Where the records are in a call's tensors, and whether that was shown."""
         if self.observed is not None and self.observing:
             self.observed.note(path, n, inputs, outs)
         elif self.observed is not None:
             self.observed.teach(self.plan.known, path, n, inputs, outs)
         expanded = self.plan.layouts.get(path) is Layout.EXPANDED
-        return Rows(n, self.batch_first or expanded, shown, places=self.plan.known.of(path, inputs, outs))
-
-    def _supported_rule(self, path: str, module: nn.Module) -> Rule:
-        rule = self.plan.rule(path, module)
-        reason = rule.refuses(module)
-        if reason:
-            raise UnsupportedModuleError(f"{path}: {type(module).__name__}: {reason}.")
-        return rule
+        places, settled = self.plan.known.of(path, inputs, outs)
+        return Rows(n, self.batch_first or expanded, shown, places=places), settled or self.observed is not None
 
 
 def _places(

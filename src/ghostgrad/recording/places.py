@@ -15,6 +15,7 @@ Kind = tuple[tuple[int, ...], tuple[int, ...]]
 """The numbers of dimensions of a call's input tensors, and of its floating-point outputs."""
 
 Found = dict[int, int | None]
+_NOWHERE = Places()
 
 
 @dataclass
@@ -32,17 +33,13 @@ class Known:
     by_content: set[str] = field(default_factory=set)
     _places: dict[tuple[str, Kind], Places] = field(default_factory=dict)
 
-    def of(self, path: str, inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> Places:
-        """Of a call like this one."""
-        return self._places.get((path, _kind(inputs, outputs)), Places())
-
-    def is_settled(self, path: str, inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> bool:
-        """Whether two batches have shown where the records are in the outputs of such calls, or no two could be compared.
+    def of(self, path: str, inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> tuple[Places, bool]:
+        """Of a call like this one, and whether that is settled: two batches have shown it, or no two could be compared.
 
         Where not, the next batch may have them elsewhere: the module was not called yet, or its rows are chosen by content.
         """
-        known = self._places.get((path, _kind(inputs, outputs)))
-        return not self._places or (known is not None and len(known.outputs) == len(outputs))
+        known = self._places.get((path, _kind(inputs, outputs)), _NOWHERE)
+        return known, not self._places or (known is not _NOWHERE and len(known.outputs) == len(outputs))
 
     def learn(self, path: str, call: _Call, larger: _Call) -> None:
         """From a call in a batch of n records and the same call in a batch of m."""
@@ -99,7 +96,7 @@ def _call(n: int, inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> _Call:
 
 
 def _kind(inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> Kind:
-    return tuple(t.dim() for t in inputs), tuple(t.dim() for t in outputs)
+    return tuple([t.dim() for t in inputs]), tuple([t.dim() for t in outputs])
 
 
 def _grown(small: torch.Size, large: torch.Size, n: int, m: int) -> tuple[int | None, ...]:

@@ -74,9 +74,9 @@ class Plan:
         found = None if self.generic_only or path in self.enclosing else find_rule(module)
         return found or GENERIC
 
-    def claims(self, path: str, module: nn.Module) -> Mapping[str, nn.Parameter]:
-        """The parameters it answers for, by name within the module."""
-        own = self.rule(path, module).claims(module)
+    def claims(self, path: str, module: nn.Module, rule: Rule | None = None) -> Mapping[str, nn.Parameter]:
+        """The parameters it answers for, by name within the module; ``rule`` where it is known."""
+        own = (rule or self.rule(path, module)).claims(module)
         return {**own, **self.enclosing[path]} if path in self.enclosing else own
 
     def enclose(self, path: str, names: set[str] | None = None) -> str | None:

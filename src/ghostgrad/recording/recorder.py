@@ -181,7 +181,7 @@ class Recorder:
     def _rehearse(self, args: Any, kwargs: Any, tape: Tape) -> None:
         """On the first batch: prove that records do not meet, and find how the modules' calls are to be read."""
         n = tape.n
-        training = {name for name, p in self.root.named_parameters() if p.requires_grad}
+        training = {name for name, p in self.modules.note_parameters().items() if p.requires_grad}
         if training <= self._rehearsed or (n == 1 and training <= self._rehearsed_alone):
             return
         with proofs.gradients_set_aside(self.root):
@@ -304,10 +304,11 @@ class Recorder:
         self._linearity.check(call)
         uses = self.modules.uses(rule, call)
         routes, kept = {}, {}
+        alone = len(self._live) == 1
         for name, p in call.parameters.items():
             parameter = self._owner(p)
-            tape.calls[p] -= 1
-            complete = tape.calls[p] == 0 and len(self._live) == 1
+            tape.calls[p] = left = tape.calls[p] - 1
+            complete = left == 0 and alone
             routes[name], kept[name] = self.sink.measure(parameter, uses[name], complete=complete, held=call.held)
         if routes and call.path not in self.observed:
             self._observed_now[call.path] = Observation(rule.name, routes, kept), call.parameters

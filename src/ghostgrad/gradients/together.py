@@ -1,0 +1,60 @@
+"""Many small uses of one kind, worked out together: what an operation costs by itself is then paid once for all of them."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Iterator, Mapping, MutableMapping
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from ghostgrad.gradients.use import Use
+
+Weight = TypeVar("Weight", bound=Hashable)
+
+_SMALL = 1 << 14
+"""The most elements of a use that is copied beside others: with more of them its own operations take longer than their start."""
+
+_MOST = 1 << 18
+"""The most elements that are copied at once: 1 MiB in float32."""
+
+
+def all_sq_norms(uses: Mapping[Weight, Use]) -> dict[Weight, Tensor]:
+    """`Use.sq_norms` of each."""
+    found: dict[Weight, Tensor] = {}
+    for weights in _alike(uses):
+        use = _beside([uses[weight] for weight in weights])
+        found.update(zip(weights, use.sq_norms().view(len(weights), -1).unbind(), strict=True))
+    return found
+
+
+def all_weighted_sums(
+    uses: MutableMapping[Weight, Use], factors: Mapping[Weight, Tensor]
+) -> Iterator[tuple[Weight, Tensor]]:
+    """`Use.weighted_sum` of each with its own factors. Uses are taken out on the way, so that what they hold is let go."""
+    for weights in list(_alike(uses)):
+        use = _beside([uses.pop(weight) for weight in weights])
+        if len(weights) == 1:
+            yield weights[0], use.weighted_sum(factors[weights[0]])
+        else:
+            sums = use.weighted_sums(torch.stack([factors[weight] for weight in weights]))
+            yield from zip(weights, sums.unbind(), strict=True)
+
+
+def _beside(uses: list[Use]) -> Use:
+    return uses[0] if len(uses) == 1 else uses[0].beside(uses)
+
+
+def _alike(uses: Mapping[Weight, Use]) -> Iterator[list[Weight]]:
+    """All weights, together those whose uses are small and of one kind."""
+    groups: dict[object, list[Weight]] = {}
+    for weight, use in uses.items():
+        kind = use.kind
+        if kind is None or use.held > _SMALL:
+            yield [weight]
+            continue
+        group = groups.setdefault(kind, [])
+        group.append(weight)
+        if (len(group) + 1) * use.held > _MOST:
+            yield groups.pop(kind)
+    yield from groups.values()
