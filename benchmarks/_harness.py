@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import ctypes
 import gc
+import importlib
 import json
 import math
+import multiprocessing
 import os
 import statistics
 import subprocess
@@ -13,6 +15,8 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -39,9 +43,12 @@ def start_batch(workload: Workload) -> tuple[Tensor, Tensor]:
     return workload.batch(workload.n)
 
 
-def prepare(name: str, method: str, *, noise_multiplier: float = NOISE) -> tuple[nn.Module, Step]:
+def prepare(name: str, method: str) -> tuple[nn.Module, Step]:
     """A model, and a function that makes one step on a fresh copy of its batch: forward, backward, step, zero_grad."""
-    workload = WORKLOADS[name]
+    return _prepare(WORKLOADS[name], method, NOISE)
+
+
+def _prepare(workload: Workload, method: str, noise_multiplier: float) -> tuple[nn.Module, Step]:
     torch.manual_seed(0)
     model = workload.model()
     x, y = start_batch(workload)
@@ -51,7 +58,7 @@ def prepare(name: str, method: str, *, noise_multiplier: float = NOISE) -> tuple
     def criterion(out: Tensor, target: Tensor) -> Tensor:
         return workload.records_loss(out, target).mean()
 
-    if method.startswith("opacus"):
+    if _is_peer(method):
         model, optimizer, criterion = _opacus(workload, method, model, optimizer, noise_multiplier)
     elif method != "plain":
         model, optimizer = _ours(workload, method, model, optimizer, noise_multiplier)
@@ -121,9 +128,14 @@ def _replace_lstm(model: nn.Module, replacement: Any) -> None:
 # ---------------------------------------------------------------------------------- equality
 
 
+def _fewer(workload: Workload) -> Workload:
+    """With as many records as it takes to tell updates apart: a loop over all of them would take minutes."""
+    return replace(workload, n=min(workload.n, max(2, workload.n // 8)))
+
+
 def clipped_mean_by_hand(name: str, bound: float = BOUND) -> dict[str, Tensor]:
-    """The textbook: each record alone, clipped, added up, divided by the batch size."""
-    workload = WORKLOADS[name]
+    """The textbook, on a part of the batch: each record alone, clipped, added up, divided by their number."""
+    workload = _fewer(WORKLOADS[name])
     torch.manual_seed(0)
     model = workload.model()
     x, y = start_batch(workload)
@@ -139,8 +151,8 @@ def clipped_mean_by_hand(name: str, bound: float = BOUND) -> dict[str, Tensor]:
 
 
 def distance(name: str, method: str, truth: Mapping[str, Tensor]) -> float:
-    """How far the noise-free update of a method is from the textbook's, relative to it."""
-    model, step = prepare(name, method, noise_multiplier=0.0)
+    """How far the noise-free update of a method is from the textbook's on the same records, relative to it."""
+    model, step = _prepare(_fewer(WORKLOADS[name]), method, 0.0)
     step(clear=False)
     grads = {k.removeprefix("_module."): p.grad for k, p in model.named_parameters()}
     found = {k: grads[k].double() for k in truth}
@@ -149,6 +161,8 @@ def distance(name: str, method: str, truth: Mapping[str, Tensor]) -> float:
 
 
 # ---------------------------------------------------------------------------------- time, work, memory
+
+_LEAST_ROUNDS = 5
 
 
 def interleaved(steps: Mapping[str, Step], *, rounds: int, seconds: float) -> dict[str, list[float]]:
@@ -164,7 +178,7 @@ def interleaved(steps: Mapping[str, Step], *, rounds: int, seconds: float) -> di
             start = time.process_time()
             steps[name]()
             found[name].append(time.process_time() - start)
-        if time.perf_counter() - started > seconds and i >= 6:
+        if time.perf_counter() - started > seconds and i + 1 >= _LEAST_ROUNDS:
             break
     return found
 
@@ -189,28 +203,55 @@ def _conv_backward(dy: Any, x: Any, weight: Any, *args: Any, out_shape: Any, **o
     return 2 * math.prod(dy) * math.prod(weight[1:]) * sum(shape is not None for shape in out_shape[:2])
 
 
-def peak(name: str, method: str) -> float:
-    """MiB that a process of its own holds at most during a step, over what it held before it built the model.
+def peaks(name: str, methods: Sequence[str]) -> dict[str, float]:
+    """MiB that a process of its own holds at most during a step of each, over what it held before it built the model.
 
     Code is not counted: the libraries have been used once before.
     """
-    command = [sys.executable, __file__, name, method]
     # Tensors get pages of their own, which go back when they are freed: holes in the C library's heap are not counted.
     environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"}
-    out = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
-    if out.returncode:
-        return float("nan")
-    return float(json.loads(out.stdout.splitlines()[-1])["peak"])
+
+    def found(some: Sequence[str]) -> dict[str, float]:
+        out = subprocess.run(
+            [sys.executable, __file__, name, *some], stdout=subprocess.PIPE, check=True, env=environment
+        )
+        return dict(json.loads(out.stdout.splitlines()[-1]))
+
+    with ThreadPoolExecutor(2) as pool:  # bytes do not depend on what else runs
+        parts = list(pool.map(found, filter(None, (methods[::2], methods[1::2]))))
+    return {method: part[method] for method in methods for part in parts if method in part}
+
+
+def _own_peaks(name: str, methods: Sequence[str]) -> dict[str, float]:
+    """In forked processes: what takes long is to import the libraries, and that is done here."""
+    torch.set_num_threads(1)
+    for library in ("ghostgrad", *(["opacus"] if any(map(_is_peer, methods)) else [])):
+        importlib.import_module(library)
+    context, found = multiprocessing.get_context("fork"), {}
+    for method in methods:
+        receiving, sending = context.Pipe(duplex=False)
+        process = context.Process(target=lambda to, method=method: to.send(_own_peak(name, method)), args=(sending,))
+        process.start()
+        sending.close()
+        try:
+            found[method] = receiving.recv()
+        except EOFError:
+            found[method] = math.nan
+        process.join()
+    return found
+
+
+def _is_peer(method: str) -> bool:
+    return method.startswith("opacus")
 
 
 def _own_peak(name: str, method: str) -> float:
-    torch.set_num_threads(1)
     _loaded(method)
     before = _resident("VmRSS")
     _, step = prepare(name, method)
     step()  # the first batch is rehearsed; what counts is every other one
     _given_back()
-    for _ in range(3):
+    for _ in range(2):
         step()
     return _resident("VmHWM") - before
 
@@ -246,4 +287,4 @@ def put_between(page: Path, begin: str, end: str, text: str) -> None:
 
 
 if __name__ == "__main__":
-    print(json.dumps({"peak": _own_peak(sys.argv[1], sys.argv[2])}))
+    print(json.dumps(_own_peaks(sys.argv[1], sys.argv[2:])))

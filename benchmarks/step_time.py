@@ -5,7 +5,7 @@ Opacus are timed in turns (one step of each a round, in a rotated order), with n
 median of the ratios within a round. Peak memory is that of a process of its own. ``--write`` puts the table and the figures
 into ``docs/performance.md`` and ``docs/performance/``.
 
-    python benchmarks/step_time.py [--only mlp gpt] [--methods bk ghost opacus opacus-ghost] [--seconds 40] [--write]
+    python benchmarks/step_time.py [--only mlp gpt] [--methods bk ghost opacus opacus-ghost] [--seconds 6] [--write]
 """
 
 from __future__ import annotations
@@ -13,13 +13,11 @@ from __future__ import annotations
 import argparse
 import math
 import statistics
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 
 import torch
-from _harness import METHODS, clipped_mean_by_hand, distance, interleaved, peak, prepare, put_between, ratios, work
+from _harness import METHODS, clipped_mean_by_hand, distance, interleaved, peaks, prepare, put_between, ratios, work
 from _workloads import WORKLOADS
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "performance.md"
@@ -68,8 +66,7 @@ def measure(name: str, methods: list[str], *, rounds: int, seconds: float) -> Re
     result.plain_ms, result.time = 1e3 * statistics.median(times["plain"]), ratios(times)
     flops = {m: work(step) for m, step in steps.items()}
     result.flops = {m: count / flops["plain"] for m, count in flops.items()}
-    with ThreadPoolExecutor(2) as pool:  # bytes do not depend on what else runs
-        memory = dict(zip(steps, pool.map(partial(peak, name), steps), strict=True))
+    memory = peaks(name, list(steps))
     result.memory = {m: used / memory["plain"] for m, used in memory.items()}
     return result
 
@@ -147,7 +144,7 @@ def main() -> None:
         "--methods", nargs="+", choices=list(METHODS)[1:], default=["bk", "ghost", "opacus", "opacus-ghost"]
     )
     parser.add_argument("--rounds", type=int, default=25)
-    parser.add_argument("--seconds", type=float, default=12.0, help="after so long a workload's rounds end")
+    parser.add_argument("--seconds", type=float, default=6.0, help="after so long a workload's rounds end")
     parser.add_argument("--write", action="store_true")
     options = parser.parse_args()
     torch.set_num_threads(1)
