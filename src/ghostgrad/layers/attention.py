@@ -210,5 +210,5 @@ def _led(call: Call, grad: Tensor, index: int) -> Tensor:
 
 add_rule(
     nn.MultiheadAttention,
-    rule=Rule("attention", attention, frozenset(_OWN), claims=_claims, led=_led, draws=_draws),
+    rule=Rule("attention", attention, frozenset(_OWN), claims=_claims, led=_led, compares=True, draws=_draws),
 )

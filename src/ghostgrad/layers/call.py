@@ -123,7 +123,7 @@ class Call:
         args, kwargs: the arguments of the call, tensors detached.
         grad_outputs: the gradient of each floating-point output tensor in the order of `torch.utils._pytree`; None where
             nothing depended on it.
-        outputs: the outputs themselves, kept only while the call is still to be proved; else None.
+        outputs: the outputs themselves, kept only while the call is still to be proved, and for a rule that compares; else None.
         rows: where the records are.
         randomness: where the call's random numbers began, if its rule asked for that (`Rule.draws`).
         buffers: what those of the module's buffers that the call changed were before it, under the same condition.

@@ -165,7 +165,7 @@ def _held_to_its_duties(function: RuleFunction, name: str) -> Rule:
         _check_answer(call, uses)
         return uses
 
-    return Rule(name, answer, parameters=None)
+    return Rule(name, answer, parameters=None, compares=True)
 
 
 def _check_answer(call: Call, uses: Any) -> None:

@@ -265,5 +265,7 @@ def _led(call: Call, grad: Tensor, index: int) -> Tensor:
 
 add_rule(
     nn.RNN, nn.LSTM, nn.GRU,
-    rule=Rule("recurrent", recurrent, frozenset(_names()), refuses=_refuses, led=_led, draws=_draws, shuffled=_shuffled),
+    rule=Rule(
+        "recurrent", recurrent, frozenset(_names()), refuses=_refuses, led=_led, compares=True, draws=_draws, shuffled=_shuffled
+    ),
 )  # fmt: skip

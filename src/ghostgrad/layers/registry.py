@@ -37,6 +37,7 @@ class Rule:
         led: the gradient of the module's i-th floating-point output with each record's consecutive rows first, [n * fold,
             ...]; default by the layout of the model.
         reads: whether it looks at the inputs of a call when these of the parameters train; else nothing keeps them for it.
+        compares: whether it looks at the outputs of a call that is still to be proved; else nothing copies them for it.
         draws: whether a call draws random numbers that the rule has to draw again, from ``call.randomness``.
         shuffled: whether the order of the rows of a call (its arguments) may come from the data, so that what one batch
             shows about them need not hold for the next and is to be shown each time.
@@ -50,6 +51,7 @@ class Rule:
     claims: Callable[[nn.Module], Mapping[str, nn.Parameter]] = own_parameters
     led: Callable[[Call, Tensor, int], Tensor] = lambda call, grad, index: call.rows.lead_output(index, grad)
     reads: Callable[[Container[str]], bool] = lambda trained: True
+    compares: bool = False
     draws: Callable[[nn.Module], bool] = lambda module: False
     shuffled: Callable[[Any], bool] = lambda arguments: False
 

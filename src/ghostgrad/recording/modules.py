@@ -212,7 +212,7 @@ class Modules:
         copies = None
         if signature not in self.proved or not settled or rule.shuffled(inputs):
             tape.unproved.add(signature)
-            copies = tuple(out.detach().clone() for out in outs)
+            copies = tuple(out.detach().clone() for out in outs) if rule.compares else None
         split = any(map(is_split, parameters.values()))
         if not split and not rule.reads(parameters):
             keep = tuple(tensor.new_zeros(()).expand(tensor.shape) for tensor in keep)

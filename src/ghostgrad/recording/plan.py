@@ -13,7 +13,7 @@ from ghostgrad.layers import Rule, find_rule, generic
 from ghostgrad.layers.registry import own_parameters
 from ghostgrad.recording.places import Known
 
-GENERIC = Rule("generic", generic, frozenset(), draws=lambda module: True)
+GENERIC = Rule("generic", generic, frozenset(), compares=True, draws=lambda module: True)
 
 
 class Layout(Enum):

@@ -1,7 +1,8 @@
-"""The nodes put into the user's graph: a probe behind every call of a module, a boundary behind the root's outputs, and a gate
-in front of modules whose weights are gathered for their call.
+"""The nodes put into the user's graph: a probe behind every call of a module, a boundary behind the root's outputs with an
+outline of each in front of it, and a gate in front of modules whose weights are gathered for their call.
 
-All are identities. They hand out ``tensor.detach()`` and not a view, so operations in place behind them keep working.
+Gradients pass through all of them unchanged. What is handed on is ``tensor.detach()`` and not a view, so operations in place
+behind them keep working.
 """
 
 from __future__ import annotations
@@ -56,6 +57,19 @@ class Gate(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor | None) -> Any:
         ctx.passed()
         return (None, *grads)
+
+
+class Outline(torch.autograd.Function):
+    """A tensor with the shape and the graph of another, but not its memory: a backward begins at it as it would at the other."""
+
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor) -> Tensor:
+        return tensor.new_zeros(()).expand(tensor.shape)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return grad
 
 
 class Boundary(torch.autograd.Function):

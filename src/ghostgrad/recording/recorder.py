@@ -23,7 +23,7 @@ from ghostgrad.recording.loss_graph import MOST_NODES
 from ghostgrad.recording.losses import LossKnowledge, watch
 from ghostgrad.recording.modules import Modules
 from ghostgrad.recording.padding_proof import check_gradients, check_padding
-from ghostgrad.recording.probe import Boundary
+from ghostgrad.recording.probe import Boundary, Outline
 from ghostgrad.recording.refusals import check_batch_norms, check_same_records
 from ghostgrad.recording.rehearsal import Rehearsal
 from ghostgrad.recording.rows import count_records, no_rows, one_row, rows_of
@@ -268,7 +268,9 @@ class Recorder:
         if not chosen:
             return None
         leaves = [leaf for leaf, _ in chosen]
-        recording = Recording(tape, [out if tape.width else leaf for leaf, out in chosen], places)
+        # The outputs themselves, logits of many words say, live as long as the user and the loss need them.
+        outlines = [Outline.apply(out if tape.width else leaf) for leaf, out in chosen]  # type: ignore[no-untyped-call]
+        recording = Recording(tape, outlines, places)
         anchor = torch.zeros((), requires_grad=True)
         originals = [original for original, _ in tape.inputs]
         detached = [leaf.detach() for leaf in leaves]

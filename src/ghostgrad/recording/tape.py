@@ -67,7 +67,7 @@ class Recording:
 
     Attributes:
         tape: what the probes know.
-        outputs: the root's outputs inside the graph, before the boundary.
+        outputs: outlines of the root's outputs inside the graph, before the boundary.
         places: which of its floating-point outputs these are.
         grads: the gradients that arrived at them, scaled to be those of each record's own loss.
     """
