@@ -169,7 +169,6 @@ def interleaved(steps: Mapping[str, Step], *, rounds: int, seconds: float) -> di
     """Seconds of process time of each step, all of them once a round, in a rotated order; the first are warm-up."""
     for step in steps.values():
         step()
-        step()
     gc.collect()
     gc.freeze()  # else a collection looks through all models, and falls on the same method in every round
     names, found, started = list(steps), {name: [] for name in steps}, time.perf_counter()
@@ -189,8 +188,7 @@ def ratios(times: Mapping[str, Sequence[float]], to: str = "plain") -> dict[str,
 
 
 def work(step: Step) -> int:
-    """Floating-point operations of one step, of matrix products and convolutions."""
-    step()
+    """Floating-point operations of one step that is not the first, of matrix products and convolutions."""
     with FlopCounterMode(
         display=False, custom_mapping={torch.ops.aten.convolution_backward: _conv_backward}
     ) as counter:
@@ -251,8 +249,7 @@ def _own_peak(name: str, method: str) -> float:
     _, step = prepare(name, method)
     step()  # the first batch is rehearsed; what counts is every other one
     _given_back()
-    for _ in range(2):
-        step()
+    step()
     return _resident("VmHWM") - before
 
 
