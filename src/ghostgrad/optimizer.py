@@ -324,7 +324,7 @@ class DPOptimizer(Optimizer):
         std = self.clip_function.effective_noise_multiplier(noise_multiplier) * self.clip_function.sensitivity
         divisor = size if self.loss_reduction == "mean" else 1.0
         everything = [p for group in self.param_groups for p in group["params"]]
-        # Frozen ones keep their place, so that ranks and resumed runs need not agree on when one was frozen.
+        # Where each begins in the step's one vector of noise. Frozen ones keep their place: thawing one moves no other.
         places = accumulate((p.numel() for p in everything), initial=0)
         trained = [(place, p) for place, p in zip(places, everything, strict=False) if p.requires_grad]
         sums = [self.total.take(p) for _, p in trained]

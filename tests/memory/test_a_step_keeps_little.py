@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch._C._profiler import _EventType
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.checkpoint import checkpoint
+from torch_tells import what_is_packed
 
 from ghostgrad import PrivacyEngine
 from ghostgrad.clipping import clipper
@@ -91,6 +92,7 @@ def test_ghost_does_not_undo_checkpoints() -> None:
     assert peak("bk", checkpointed=True) > 1.5 * plain
 
 
+@what_is_packed
 @pytest.mark.parametrize(("records", "kept"), [(4, "inputs and output gradients"), (2000, "norms")])
 def test_ghost_passes_twice_where_output_gradients_would_be_more_than_the_graph(records: int, kept: str) -> None:
     """A rectifier holds what the next layer reads; beside large weights a small batch does not matter."""

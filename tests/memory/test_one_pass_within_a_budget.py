@@ -14,6 +14,7 @@ from small_models import TinyGPT, drawn, private, sentences, step
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 from torch.utils.flop_counter import FlopCounterMode
+from torch_tells import what_is_packed
 
 from ghostgrad import ConfigurationError, PrivacyEngine
 
@@ -77,11 +78,23 @@ def trained(max_memory: int | None, mode: str = "bk") -> tuple[list[str], int]:
     return [plan.kept for plan in engine.explain().modules], int(counter.get_total_flops())
 
 
+@what_is_packed
 @pytest.mark.parametrize("layers", range(5))
 def test_the_layers_that_the_gradient_reaches_last_are_kept(layers: int) -> None:
     kept, _ = trained(layers * (LINEAR + BIAS))
     assert ["inputs and output gradients" in text for text in kept] == [True] * layers + [False] * (4 - layers)
     assert all("norms" in text for text in kept[layers:])
+
+
+def test_what_is_kept_is_told_as_it_is() -> None:
+    model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 4))
+    engine = PrivacyEngine(seed=0)
+    model, _, _ = engine.make_private(
+        module=model, optimizer=torch.optim.SGD(model.parameters(), lr=0.1), data_loader=None, sample_rate=0.1,
+        expected_batch_size=4.0, noise_multiplier=1.0, max_grad_norm=1.0, max_memory=1 << 20,
+    )  # fmt: skip
+    model(torch.randn(4, 100, 8)).square().mean((1, 2)).mean().backward()
+    assert [plan.kept for plan in engine.explain().modules if plan.path] == ["per-sample gradients"] * 2
 
 
 def test_a_budget_costs_between_one_pass_and_two() -> None:

@@ -14,12 +14,14 @@ from small_models import drawn, private
 from torch import Tensor, nn
 from torch.autograd.graph import save_on_cpu
 from torch.utils.checkpoint import checkpoint
+from torch_tells import what_is_packed
 
 from ghostgrad.clipping.clipper import Clipper
 from ghostgrad.recording import modules
 from ghostgrad.recording.packing import _find, packs
 
 
+@what_is_packed
 def test_checkpoints_and_off_loading_are_seen() -> None:
     seen: list[bool] = []
 
@@ -58,6 +60,7 @@ def wide() -> nn.Module:
     return nn.Sequential(nn.Linear(12, 64), nn.GELU(), nn.Linear(64, 12))
 
 
+@what_is_packed
 @pytest.mark.parametrize("told", [True, False])
 def test_the_step_is_the_same_where_torch_does_not_tell(monkeypatch: pytest.MonkeyPatch, told: bool) -> None:
     if not told:

@@ -173,16 +173,23 @@ class Clipper:
                 "a weight was used again after its norm had been taken (a module re-run by re-entrant checkpointing). Use "
                 "grad_sample_mode='bk' without max_memory, or checkpointing with use_reentrant=False."
             )
-        route = use.route
+        route, limited = use.route, self._left < math.inf
         if self._shows:
             if not self._uses:
                 self._foresee(use.n)
             use = Explicit(use.grad_samples())
-        elif self._left == math.inf:
+        elif limited:
+            use, more = self._smaller(use, {address_of(tensor) for tensor in held()})
+            self._bytes[parameter] += more
+            self._left -= more
+        else:
             use = self._cheaper(use)
         self._uses.setdefault(parameter, []).append(use)
-        if self._left < math.inf:
-            self._limit(parameter, complete, {address_of(tensor) for tensor in held()})
+        if limited:
+            self._awaited[parameter] += 1
+            if complete:
+                self._complete[parameter] = None
+            self._keep_within_limit()
             if parameter in self._postponed:
                 return route, "norms"
         kept = "per-sample gradients" if isinstance(use, Explicit) else "inputs and output gradients"
@@ -209,18 +216,6 @@ class Clipper:
         if small is not use:
             self._room -= max(0, small.held - use.held)
         return small
-
-    def _limit(self, parameter: nn.Parameter, complete: bool, held: set[int | None]) -> None:
-        """Take what the weight's last use keeps off what may be kept, and let others go where that is too much."""
-        uses = self._uses[parameter]
-        if not self._shows:
-            uses[-1], more = self._smaller(uses[-1], held)
-            self._bytes[parameter] += more
-            self._left -= more
-        self._awaited[parameter] += 1
-        if complete:
-            self._complete[parameter] = None
-        self._keep_within_limit()
 
     def _smaller(self, use: Use, held: set[int | None]) -> tuple[Use, int]:
         """Per-sample gradients where they take less than what they are made of, storages that are held not counted; and bytes."""

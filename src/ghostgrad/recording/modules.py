@@ -40,6 +40,9 @@ class _Entered(NamedTuple):
     began: tuple[Randomness, Buffers] | None
 
 
+_UNRECORDED = _Entered(GENERIC, {}, None)
+
+
 class Modules:
     """Watches the calls of all modules that own parameters, and of those that the plan lets answer for others.
 
@@ -160,12 +163,12 @@ class Modules:
 
     def _enter(self, path: str, module: nn.Module) -> None:
         """Switch off the parameters the module answers for, so that autograd does not work out their gradients."""
-        rule = self.plan.rule(path, module)
-        claimed: dict[str, nn.Parameter] = {}
-        if not self._paused and self.tape is not None and self.tape.width:
-            # One that is off already belongs to an enclosing call, which answers for it.
-            claimed = {name: p for name, p in self.plan.claims(path, module, rule).items() if p.requires_grad}
-        began = None
+        if self._paused or self.tape is None or not self.tape.width:
+            self._open.append(_UNRECORDED)
+            return
+        rule, began = self.plan.rule(path, module), None
+        # One that is off already belongs to an enclosing call, which answers for it.
+        claimed = {name: p for name, p in self.plan.claims(path, module, rule).items() if p.requires_grad}
         if claimed and rule.draws(module):
             began = Randomness.now(next(iter(claimed.values())).device), Buffers.now(module)
         self._open.append(_Entered(rule, claimed, began))
