@@ -70,10 +70,10 @@ docs: $(DOCS)
 	$(BIN)/python -m sphinx -q -W --keep-going -b html docs docs/_build/html
 	@echo "docs: docs/_build/html/index.html"
 
-# One script a claim. Each checks that results agree before it times anything.
+# One script a claim. Each checks that results agree before it times anything, and writes what it found into docs/.
 bench: $(PEERS)
 	set -e; for script in $(filter-out benchmarks/_% benchmarks/conftest.py benchmarks/accounting% benchmarks/audit% benchmarks/zoo.py benchmarks/report_page.py benchmarks/soak.py benchmarks/fuzz_readers.py,$(sort $(wildcard benchmarks/*.py))); do \
-	  $(BIN)/python $$script $(ARGS); done
+	  $(BIN)/python $$script --write $(ARGS); done
 
 # Which public architectures are trained exactly; writes docs/supported-models.md.
 zoo: $(ZOO)

@@ -3,7 +3,7 @@
 A stopwatch is put around the library's own functions; each part is counted without what it calls of the others. First checked:
 the noise-free update is that of the loop over single records. ``--write`` puts the table into ``docs/performance.md``.
 
-    python benchmarks/parts_of_a_step.py [--only mlp vit] [--seconds 5] [--write]
+    python benchmarks/parts_of_a_step.py [--only mlp vit] [--seconds 4] [--write]
 """
 
 from __future__ import annotations
@@ -134,7 +134,7 @@ def main() -> None:
     """Measure and print; write if asked."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", choices=list(WORKLOADS), default=["mlp", "cnn", "vit", "gpt", "layers"])
-    parser.add_argument("--seconds", type=float, default=5.0, help="for each workload")
+    parser.add_argument("--seconds", type=float, default=4.0, help="for each workload")
     parser.add_argument("--write", action="store_true")
     options = parser.parse_args()
     torch.set_num_threads(1)

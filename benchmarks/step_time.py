@@ -5,7 +5,7 @@ Opacus are timed in turns (one step of each a round, in a rotated order), with n
 median of the ratios within a round. Peak memory is that of a process of its own. ``--write`` puts the table and the figures
 into ``docs/performance.md`` and ``docs/performance/``.
 
-    python benchmarks/step_time.py [--only mlp gpt] [--methods bk ghost opacus opacus-ghost] [--seconds 5] [--write]
+    python benchmarks/step_time.py [--only mlp gpt] [--methods bk ghost opacus opacus-ghost] [--seconds 4] [--write]
 """
 
 from __future__ import annotations
@@ -146,7 +146,7 @@ def main() -> None:
         "--methods", nargs="+", choices=list(METHODS)[1:], default=["bk", "ghost", "opacus", "opacus-ghost"]
     )
     parser.add_argument("--rounds", type=int, default=25)
-    parser.add_argument("--seconds", type=float, default=5.0, help="after so long a workload's rounds end")
+    parser.add_argument("--seconds", type=float, default=4.0, help="after so long a workload's rounds end")
     parser.add_argument("--write", action="store_true")
     options = parser.parse_args()
     torch.set_num_threads(1)

@@ -90,7 +90,7 @@ class Use(ABC):
         raise NotImplementedError
 
     def weighted_sums(self, factors: Tensor) -> Tensor:
-        """Of uses that were joined so: `weighted_sum` of each with its own factors [k, n], [k, *p]."""
+        """Of uses that were joined so: `weighted_sum` of each with its own factors ``[k, n]``, ``[k, *p]``."""
         raise NotImplementedError
 
     @property
