@@ -81,8 +81,8 @@ def test_three_quarters_of_the_noise_would_be_noticed_in_the_fifty(training: str
 
 def test_half_the_noise_is_caught_in_nearly_every_audit() -> None:
     with noise_scaled(0.5):
-        found = [noise(seed, 60).contradicted for seed in range(6)]
-    assert sum(found) >= 5
+        found = [noise(seed, 120).contradicted for seed in range(6)]
+    assert sum(found) >= 5  # of 40 seeds all are; of 60 steps each, three quarters
 
 
 def test_all_canaries_of_one_run_are_guessed_no_better_than_claimed() -> None:
