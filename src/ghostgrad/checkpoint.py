@@ -99,7 +99,7 @@ def read(path: str | os.PathLike[str]) -> dict[str, Any]:
                 raise CheckpointError(
                     f"{path} is not a checkpoint of ghostgrad, or of a version that this one does not read."
                 )
-            if title[len(_TITLE) : -1] != _checksum(file, _HEADER).encode():
+            if title[len(_TITLE) :] != _checksum(file, _HEADER).encode() + b"\n":
                 raise CheckpointError(
                     f"{path} is damaged: its content does not have the checksum that it was written with. Load an older one."
                 )

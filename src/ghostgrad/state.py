@@ -25,7 +25,7 @@ from ghostgrad.session import Session
 from ghostgrad.spending import Budget
 from ghostgrad.spent import Spent, new_run
 
-FORMAT, VERSION = "ghostgrad-engine", 1
+FORMAT, VERSION = "ghostgrad-engine", 2
 
 
 class Holder(Protocol):
@@ -235,7 +235,8 @@ def checked(engine: Holder, saved: Any, *, fresh_key: bool, acknowledge: Collect
         CheckpointError: it is damaged, of another version, or of another plan.
         ConfigurationError: the engine has not made as many trainings private, or an acknowledged name is not known.
     """
-    if not isinstance(saved, Mapping) or repr(saved.get("format")) != repr(FORMAT) or repr(saved.get("version")) != "1":
+    of_this_kind = repr((FORMAT, VERSION))
+    if not isinstance(saved, Mapping) or repr((saved.get("format"), saved.get("version"))) != of_this_kind:
         raise CheckpointError(
             f"this is not an engine's state of version {VERSION}; pass what engine.state_dict() of this version returned."
         )

@@ -95,6 +95,46 @@ def test_a_hundred_weights_take_as_many_operations_as_two(kind: str) -> None:
     assert counts[0] == counts[1]
 
 
+class Tripled(Matmul):
+    """A use of somebody's own, which answers otherwise than its operands would."""
+
+    def grad_samples(self) -> Tensor:
+        return 3 * super().grad_samples()
+
+    def sq_norms(self) -> Tensor:
+        return 9 * super().sq_norms()
+
+    def weighted_sum(self, factors: Tensor) -> Tensor:
+        return 3 * super().weighted_sum(factors)
+
+
+def test_forms_of_somebodys_own_answer_for_themselves_alone() -> None:
+    operands = [(torch.randn(2, 1, 1, 4), torch.randn(2, 1, 1, 4), torch.Size([4, 4])) for _ in range(4)]
+    uses: dict[int, Use] = {i: (Tripled if i % 2 else Matmul)(*each) for i, each in enumerate(operands)}
+    factors = {place: torch.rand(2) for place in uses}
+    norms, sums = all_sq_norms(uses), dict(all_weighted_sums(dict(uses), factors))
+    for place, use in uses.items():
+        torch.testing.assert_close(norms[place], use.sq_norms())
+        torch.testing.assert_close(sums[place], use.weighted_sum(factors[place]))
+
+
+def test_behind_a_sum_there_is_no_other() -> None:
+    """Its memory is published with a gradient (`torch.save` writes all of it), with noise or, of a frozen neighbour, without."""
+    uses = {place: use_of("layer", 4, torch.float32) for place in range(3)}
+    for _, found in all_weighted_sums(uses, {place: torch.rand(4) for place in uses}):
+        assert found.untyped_storage().nbytes() == found.nbytes
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_apart_each_has_the_bits_that_it_has_alone(kind: str) -> None:
+    uses = {place: use_of(kind, 4, torch.float32) for place in range(3)}
+    factors = {place: torch.rand(4) for place in uses}
+    norms, sums = all_sq_norms(uses, apart=True), dict(all_weighted_sums(dict(uses), factors, apart=True))
+    for place, use in uses.items():
+        assert torch.equal(norms[place], use.sq_norms())
+        assert torch.equal(sums[place], use.weighted_sum(factors[place]))
+
+
 def test_what_a_use_holds_is_let_go_when_it_was_added_up() -> None:
     uses: dict[int, Use] = {place: Explicit(torch.randn(4, together._SMALL)) for place in range(3)}
     held = [weakref.ref(use.operands[0]) for use in uses.values()]

@@ -92,6 +92,8 @@ class Clipper:
         self._max_memory = max_memory
         self._in_step = mode is Mode.GHOST and not (shards is None and slices is None)
         """With ranks that have to run as many backwards, whatever each of them has room for."""
+        self._apart = slices is not None
+        """Ranks with slices of other shapes hold the same whole weights too, whose sums have to have the same bits."""
         self._footprint: Footprint | None = None
         self._shows = mode in (Mode.HOOKS, Mode.FUNCTORCH)
         self._warned = False
@@ -260,7 +262,7 @@ class Clipper:
         self._unit = unit
         joined = {parameter: join(uses) for parameter, uses in self._uses.items()}
         self._uses.clear()
-        self._sq_norms.update(all_sq_norms(joined))
+        self._sq_norms.update(all_sq_norms(joined, apart=self._apart))
         parameters = self.total.parameters()
         self._check_known(parameters)
         self.function.check(len(parameters))
@@ -348,7 +350,7 @@ class Clipper:
         """Add uses, weighted, and let go of them; records that are not finite are replaced by zeros first."""
         if self._finite is not None:
             uses = {parameter: use.keep_rows(self._finite.to(parameter.device)) for parameter, use in uses.items()}
-        for parameter, part in all_weighted_sums(uses, factors):
+        for parameter, part in all_weighted_sums(uses, factors, apart=self._apart):
             known = self._sums.get(parameter)
             self._sums[parameter] = part if known is None else known.add_(part)
 

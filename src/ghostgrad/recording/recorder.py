@@ -475,6 +475,8 @@ class Recorder:
         tapes = [recording.tape for recording in recordings]
         try:
             self._check_foreign_gradients()
+            self.modules.note_parameters()  # some may have come since the forward began
+            self._check_foreign_gradients()
             self.sink.admit(tapes)
             check_same_records(tapes)
             if tapes[0].width:
